@@ -1,0 +1,345 @@
+// One vector type for every instruction set: kernels are written once against Vec<float> and
+// Vec<double>. A Vec fills one register (64 bytes with AVX-512, 32 with AVX2, 16 otherwise) and is
+// built on the compiler's vector extension, so that arithmetic and bit operations need no
+// intrinsics; those appear only where the extension has no word for the instruction.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/types.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace weft {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct Registers;
+template <>
+struct Registers<float> {
+  using Int = int32_t;
+  typedef float Float __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+};
+template <>
+struct Registers<double> {
+  using Int = int64_t;
+  typedef double Float __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+};
+
+template <typename T>
+struct Vec {
+  using Int = typename Registers<T>::Int;
+  using Register = typename Registers<T>::Float;
+  using Bits = typename Registers<T>::Bits;
+  static constexpr int size = kVectorBytes / int(sizeof(T));
+
+  Register v;
+
+  Vec() : v{} {}
+  Vec(Register r) : v(r) {}
+  // x - 0 is x also for -0, and the compiler makes it one broadcast.
+  Vec(T x) : v(x - Register{}) {}
+
+  static Vec load(const T* p) {
+    Vec r;
+    std::memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
+  void store(T* p) const { std::memcpy(p, &v, sizeof v); }
+
+  // The first n lanes (0 <= n <= size); the other lanes of a load are 0.
+  static Vec load(const T* p, int64_t n);
+  void store(T* p, int64_t n) const;
+
+  // Half-precision memory (Vec<float> only); stores round to nearest even and keep NaN.
+  static Vec load(const bfloat16* p);
+  static Vec load(const half* p);
+  void store(bfloat16* p) const;
+  void store(half* p) const;
+  template <typename H>
+  static Vec load(const H* p, int64_t n) {
+    alignas(32) H part[size] = {};
+    std::memcpy(static_cast<void*>(part), p, size_t(n) * sizeof(H));
+    return load(part);
+  }
+  template <typename H>
+  void store(H* p, int64_t n) const {
+    alignas(32) H part[size];
+    store(part);
+    std::memcpy(static_cast<void*>(p), part, size_t(n) * sizeof(H));
+  }
+
+  Bits bits() const { return (Bits)v; }
+  static Vec from_bits(Bits b) { return Vec((Register)b); }
+
+  friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  friend Vec operator-(Vec a) { return -a.v; }
+  Vec& operator+=(Vec b) { return *this = *this + b; }
+  Vec& operator-=(Vec b) { return *this = *this - b; }
+  Vec& operator*=(Vec b) { return *this = *this * b; }
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+
+// ---- comparisons: a mask per lane, combined with & | ~ and used by select, any and all ----
+
+#if defined(__AVX512F__)
+template <typename T>
+struct Mask {
+  using Lanes = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
+  Lanes m;
+  friend Mask operator&(Mask a, Mask b) { return {Lanes(a.m & b.m)}; }
+  friend Mask operator|(Mask a, Mask b) { return {Lanes(a.m | b.m)}; }
+  friend Mask operator~(Mask a) { return {Lanes(~a.m)}; }
+};
+template <int kPredicate>
+Mask<float> compare(VecF a, VecF b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, kPredicate)};
+}
+template <int kPredicate>
+Mask<double> compare(VecD a, VecD b) {
+  return {_mm512_cmp_pd_mask(a.v, b.v, kPredicate)};
+}
+template <typename T>
+Mask<T> operator<(Vec<T> a, Vec<T> b) { return compare<_CMP_LT_OQ>(a, b); }
+template <typename T>
+Mask<T> operator<=(Vec<T> a, Vec<T> b) { return compare<_CMP_LE_OQ>(a, b); }
+template <typename T>
+Mask<T> operator==(Vec<T> a, Vec<T> b) { return compare<_CMP_EQ_OQ>(a, b); }
+inline VecF select(Mask<float> m, VecF a, VecF b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
+inline VecD select(Mask<double> m, VecD a, VecD b) { return _mm512_mask_blend_pd(m.m, b.v, a.v); }
+template <typename T>
+bool any(Mask<T> a) { return a.m != 0; }
+template <typename T>
+bool all(Mask<T> a) { return a.m == typename Mask<T>::Lanes(~0); }
+#else
+template <typename T>
+struct Mask {
+  typename Vec<T>::Bits m;
+  friend Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
+  friend Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
+  friend Mask operator~(Mask a) { return {~a.m}; }
+};
+template <typename T>
+Mask<T> operator<(Vec<T> a, Vec<T> b) { return {a.v < b.v}; }
+template <typename T>
+Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {a.v <= b.v}; }
+template <typename T>
+Mask<T> operator==(Vec<T> a, Vec<T> b) { return {a.v == b.v}; }
+template <typename T>
+Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { return m.m ? a.v : b.v; }
+template <typename T>
+bool any(Mask<T> a) {
+  typename Vec<T>::Int bits = 0;
+  for (int i = 0; i < Vec<T>::size; ++i) bits |= a.m[i];
+  return bits != 0;
+}
+template <typename T>
+bool all(Mask<T> a) { return !any(~a); }
+#endif
+template <typename T>
+Mask<T> operator>(Vec<T> a, Vec<T> b) { return b < a; }
+template <typename T>
+Mask<T> operator>=(Vec<T> a, Vec<T> b) { return b <= a; }
+template <typename T>
+Mask<T> is_nan(Vec<T> a) { return ~(a == a); }
+
+// ---- a b + c with one rounding where the processor has it; min, max, sqrt, abs ----
+
+#if defined(__AVX512F__)
+inline VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline VecD fma(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+inline VecF sqrt(VecF a) { return _mm512_sqrt_ps(a.v); }
+inline VecD sqrt(VecD a) { return _mm512_sqrt_pd(a.v); }
+inline VecF min(VecF a, VecF b) { return _mm512_min_ps(a.v, b.v); }
+inline VecD min(VecD a, VecD b) { return _mm512_min_pd(a.v, b.v); }
+inline VecF max(VecF a, VecF b) { return _mm512_max_ps(a.v, b.v); }
+inline VecD max(VecD a, VecD b) { return _mm512_max_pd(a.v, b.v); }
+#elif defined(__AVX2__)
+inline VecF fma(VecF a, VecF b, VecF c) { return VecF(_mm256_fmadd_ps(a.v, b.v, c.v)); }
+inline VecD fma(VecD a, VecD b, VecD c) { return VecD(_mm256_fmadd_pd(a.v, b.v, c.v)); }
+inline VecF sqrt(VecF a) { return VecF(_mm256_sqrt_ps(a.v)); }
+inline VecD sqrt(VecD a) { return VecD(_mm256_sqrt_pd(a.v)); }
+inline VecF min(VecF a, VecF b) { return VecF(_mm256_min_ps(a.v, b.v)); }
+inline VecD min(VecD a, VecD b) { return VecD(_mm256_min_pd(a.v, b.v)); }
+inline VecF max(VecF a, VecF b) { return VecF(_mm256_max_ps(a.v, b.v)); }
+inline VecD max(VecD a, VecD b) { return VecD(_mm256_max_pd(a.v, b.v)); }
+#else
+template <typename T>
+Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return a.v * b.v + c.v; }
+template <typename T>
+Vec<T> sqrt(Vec<T> a) {
+  for (int i = 0; i < Vec<T>::size; ++i) a.v[i] = std::sqrt(a.v[i]);
+  return a;
+}
+// As on x86: where either is NaN, the second operand.
+template <typename T>
+Vec<T> min(Vec<T> a, Vec<T> b) { return select(a < b, a, b); }
+template <typename T>
+Vec<T> max(Vec<T> a, Vec<T> b) { return select(a > b, a, b); }
+#endif
+// min and max above return b where either operand is NaN; these are NaN there.
+template <typename T>
+Vec<T> minimum(Vec<T> a, Vec<T> b) { return select(is_nan(a), a, min(a, b)); }
+template <typename T>
+Vec<T> maximum(Vec<T> a, Vec<T> b) { return select(is_nan(a), a, max(a, b)); }
+template <typename T>
+Vec<T> abs(Vec<T> a) {
+  using Int = typename Vec<T>::Int;
+  return Vec<T>::from_bits(a.bits() & Int(~(Int(1) << (8 * sizeof(T) - 1))));
+}
+template <typename T>
+Vec<T> copy_sign(Vec<T> magnitude, Vec<T> sign) {
+  using Int = typename Vec<T>::Int;
+  const Int bit = Int(1) << (8 * sizeof(T) - 1);
+  return Vec<T>::from_bits((magnitude.bits() & ~bit) | (sign.bits() & bit));
+}
+
+// ---- across the lanes, halving: the order, and so the bits, never change ----
+
+template <typename T, typename F>
+T fold(Vec<T> a, F f) {
+  alignas(kVectorBytes) T lane[Vec<T>::size];
+  a.store(lane);
+  for (int width = Vec<T>::size / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = f(lane[i], lane[i + width]);
+  return lane[0];
+}
+#if defined(__AVX512F__)
+inline float reduce_sum(VecF a) { return _mm512_reduce_add_ps(a.v); }
+inline double reduce_sum(VecD a) { return _mm512_reduce_add_pd(a.v); }
+#else
+template <typename T>
+T reduce_sum(Vec<T> a) {
+  return fold(a, [](T x, T y) { return x + y; });
+}
+#endif
+// NaN if any lane is.
+template <typename T>
+T reduce_max(Vec<T> a) {
+  return fold(a, [](T x, T y) { return x != x || x > y ? x : y; });
+}
+template <typename T>
+T reduce_min(Vec<T> a) {
+  return fold(a, [](T x, T y) { return x != x || x < y ? x : y; });
+}
+
+// ---- parts of a vector ----
+
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1); }
+template <>
+inline VecF VecF::load(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+template <>
+inline VecD VecD::load(const double* p, int64_t n) {
+  return _mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p);
+}
+template <>
+inline void VecF::store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+template <>
+inline void VecD::store(double* p, int64_t n) const {
+  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), v);
+}
+#else
+template <typename T>
+Vec<T> Vec<T>::load(const T* p, int64_t n) {
+  Vec r;
+  std::memcpy(&r.v, p, size_t(n) * sizeof(T));
+  return r;
+}
+template <typename T>
+void Vec<T>::store(T* p, int64_t n) const { std::memcpy(p, &v, size_t(n) * sizeof(T)); }
+#endif
+
+// ---- half-precision memory ----
+
+// bfloat16 is the upper half of float. Round to nearest even; a NaN stays one (quiet).
+inline VecF::Bits rounded_to_bfloat16(VecF a) {
+  const VecF::Bits u = a.bits();
+  const VecF::Bits rounded = u + 0x7fff + ((u >> 16) & 1);
+  return select(is_nan(a), VecF::from_bits(u | 0x400000), VecF::from_bits(rounded)).bits();
+}
+
+#if defined(__AVX512F__)
+template <>
+inline VecF VecF::load(const bfloat16* p) {
+  const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16));
+}
+template <>
+inline void VecF::store(bfloat16* p) const {
+  const __m512i u = _mm512_srli_epi32((__m512i)rounded_to_bfloat16(*this), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(u));
+}
+template <>
+inline VecF VecF::load(const half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <>
+inline void VecF::store(half* p) const {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+template <>
+inline VecF VecF::load(const bfloat16* p) {
+  const __m128i u = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return VecF(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16)));
+}
+template <>
+inline void VecF::store(bfloat16* p) const {
+  const __m256i u = _mm256_srli_epi32((__m256i)rounded_to_bfloat16(*this), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+template <>
+inline VecF VecF::load(const half* p) {
+  return VecF(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+template <>
+inline void VecF::store(half* p) const {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+template <>
+inline VecF VecF::load(const bfloat16* p) {
+  Bits u;
+  for (int i = 0; i < size; ++i) u[i] = int32_t(uint32_t(p[i].x) << 16);
+  return from_bits(u);
+}
+template <>
+inline void VecF::store(bfloat16* p) const {
+  const Bits u = rounded_to_bfloat16(*this);
+  for (int i = 0; i < size; ++i) p[i].x = uint16_t(uint32_t(u[i]) >> 16);
+}
+template <>
+inline VecF VecF::load(const half* p) {
+  VecF r;
+  for (int i = 0; i < size; ++i) r.v[i] = float(p[i]);
+  return r;
+}
+template <>
+inline void VecF::store(half* p) const {
+  for (int i = 0; i < size; ++i) p[i] = half(float(v[i]));
+}
+#endif
+
+}  // namespace weft

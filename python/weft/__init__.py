@@ -1,0 +1,8 @@
+"""weft: fused kernels for representation learning. ``python -m weft`` shows what runs here."""
+
+from weft import native  # noqa: F401  loads the native libraries
+from weft.dispatch import use
+from weft.ops.checks import check_values
+from weft.ops.pairwise.subspace_logits import subspace_logits
+
+__all__ = ["check_values", "subspace_logits", "use"]

@@ -1,0 +1,84 @@
+"""The vocabulary of ``ops/<family>/cases.py``: what the contract suite and the benchmarks run.
+
+A family's module lists its ops in ``CASES``; nothing else has to be told of a new op.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+
+import torch
+from torch import Tensor
+
+import weft
+
+
+def randn(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0) -> Tensor:
+    """Normal numbers that depend on the seed alone, rounded once to the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Small inputs for correctness: ``make(dtype, device)`` gives the arguments of the function."""
+
+    name: str
+    make: Callable[[torch.dtype, str], tuple]
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Inputs of a size that papers use, for benchmarks. ``flops`` and ``bytes`` are of the forward,
+    the least that any implementation must do; ``backward_flops`` of the backward alone."""
+
+    name: str
+    make: Callable[[torch.dtype, str], tuple]
+    flops: float
+    bytes: Callable[[int], float]  # of the item size
+    options: dict = field(default_factory=dict)
+    backward_flops: float = 0.0
+    quick: bool = False  # small enough for --quick and the demo
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """Arguments that the function must refuse with ``error``, a text matching ``match``."""
+
+    make: Callable[[], tuple]
+    error: type[Exception]
+    match: str
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpCases:
+    """All that is checked and timed of one public function.
+
+    ``plain`` is the formula as a PyTorch user would write it, with the arguments of the function:
+    the yardstick of accuracy and time. An op that is not differentiable, or not twice, says so.
+    """
+
+    name: str
+    plain: Callable
+    samples: list[Sample]
+    workloads: list[Workload]
+    bad: list[BadInput]
+    differentiable: bool = True
+    transformable: bool = True  # works under torch.func
+
+    @property
+    def function(self) -> Callable:
+        return getattr(weft, self.name)
+
+
+def discover() -> Iterator[tuple[str, OpCases]]:
+    """(family, cases) of every op of every family."""
+    from weft import ops
+
+    for module in iter_modules(ops.__path__):
+        if module.ispkg:
+            for cases in import_module(f"weft.ops.{module.name}.cases").CASES:
+                yield module.name, cases

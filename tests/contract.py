@@ -1,0 +1,109 @@
+"""What the contract tests share: building a sample's inputs, and watching which kernels run."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.dispatch import Dispatcher
+from weft.ops.cases import OpCases, Sample, discover
+
+CASES = [cases for _, cases in discover()]
+SAMPLES = [(cases, sample) for cases in CASES for sample in cases.samples]
+DIFFERENTIABLE = [(cases, sample) for cases, sample in SAMPLES if cases.differentiable]
+TRANSFORMABLE = [(cases, sample) for cases, sample in DIFFERENTIABLE if cases.transformable]
+
+
+def name_of(parameter) -> str | None:
+    """Test identifiers: the op's or the sample's name."""
+    if isinstance(parameter, (OpCases, Sample)):
+        return parameter.name
+    return str(parameter).removeprefix("torch.") if isinstance(parameter, torch.dtype) else None
+
+
+def tensors(value) -> list[Tensor]:
+    """The tensors of an op's result."""
+    return [value] if isinstance(value, Tensor) else [t for t in value if isinstance(t, Tensor)]
+
+
+@dataclass
+class Call:
+    """One call of a public function with the inputs of a sample."""
+
+    cases: OpCases
+    sample: Sample
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    def __post_init__(self):
+        self.args = self.sample.make(self.dtype, self.device)
+        self.options = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in self.sample.options.items()
+        }
+
+    def leaves(self) -> list[Tensor]:
+        """One tensor per float argument, without the expansion that gradcheck could not perturb."""
+        return [_unexpanded(a).detach().requires_grad_() for a in self.args if _is_float(a)]
+
+    def with_leaves(self, leaves, function=None):
+        """Calls the function with the float arguments replaced, expanded as in the sample."""
+        given = iter(leaves)
+        args = [next(given).expand(a.shape) if _is_float(a) else a for a in self.args]
+        return (function or self.cases.function)(*args, **self.options)
+
+    def __call__(self, function=None):
+        return (function or self.cases.function)(*self.args, **self.options)
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _unexpanded(tensor: Tensor) -> Tensor:
+    for dim in range(tensor.dim()):
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def values_and_gradients(call: Call, function=None, seed: int = 7):
+    """Results and gradients for a fixed upstream gradient that does not depend on the dtype."""
+    leaves = call.leaves() if call.cases.differentiable else []
+    results = tensors(call.with_leaves(leaves, function) if leaves else call(function))
+    if not leaves:
+        return results, []
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [
+        torch.randn(r.shape, dtype=torch.float64, generator=generator).to(r.device, r.dtype)
+        for r in results
+    ]
+    return [r.detach() for r in results], list(torch.autograd.grad(results, leaves, upstream))
+
+
+@contextlib.contextmanager
+def watch():
+    """The list of (op, implementation, arguments) that run inside the block."""
+    log, choose = [], Dispatcher.choose
+
+    def watched(self, *args):
+        chosen = choose(self, *args)
+        log.append((self.op.removeprefix("weft::"), chosen.name, args))
+        return chosen
+
+    Dispatcher.choose = watched
+    try:
+        yield log
+    finally:
+        Dispatcher.choose = choose
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """torch.empty is filled with NaN, so that what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
