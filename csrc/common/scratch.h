@@ -1,6 +1,6 @@
 // Scratch memory that outlives a call: 64-byte aligned, grows and never shrinks. A kernel keeps one
-// per thread and purpose (`static thread_local Scratch buffer;`), because fresh pages cost more than
-// the work that small kernels do in them.
+// per thread and purpose (`static thread_local Scratch buffer;`), because fresh pages cost more
+// than the work that small kernels do in them.
 #pragma once
 #include <cstdint>
 #include <cstdlib>

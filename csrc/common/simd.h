@@ -116,17 +116,27 @@ Mask<double> compare(VecD a, VecD b) {
   return {_mm512_cmp_pd_mask(a.v, b.v, kPredicate)};
 }
 template <typename T>
-Mask<T> operator<(Vec<T> a, Vec<T> b) { return compare<_CMP_LT_OQ>(a, b); }
+Mask<T> operator<(Vec<T> a, Vec<T> b) {
+  return compare<_CMP_LT_OQ>(a, b);
+}
 template <typename T>
-Mask<T> operator<=(Vec<T> a, Vec<T> b) { return compare<_CMP_LE_OQ>(a, b); }
+Mask<T> operator<=(Vec<T> a, Vec<T> b) {
+  return compare<_CMP_LE_OQ>(a, b);
+}
 template <typename T>
-Mask<T> operator==(Vec<T> a, Vec<T> b) { return compare<_CMP_EQ_OQ>(a, b); }
+Mask<T> operator==(Vec<T> a, Vec<T> b) {
+  return compare<_CMP_EQ_OQ>(a, b);
+}
 inline VecF select(Mask<float> m, VecF a, VecF b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
 inline VecD select(Mask<double> m, VecD a, VecD b) { return _mm512_mask_blend_pd(m.m, b.v, a.v); }
 template <typename T>
-bool any(Mask<T> a) { return a.m != 0; }
+bool any(Mask<T> a) {
+  return a.m != 0;
+}
 template <typename T>
-bool all(Mask<T> a) { return a.m == typename Mask<T>::Lanes(~0); }
+bool all(Mask<T> a) {
+  return a.m == typename Mask<T>::Lanes(~0);
+}
 #else
 template <typename T>
 struct Mask {
@@ -136,13 +146,21 @@ struct Mask {
   friend Mask operator~(Mask a) { return {~a.m}; }
 };
 template <typename T>
-Mask<T> operator<(Vec<T> a, Vec<T> b) { return {a.v < b.v}; }
+Mask<T> operator<(Vec<T> a, Vec<T> b) {
+  return {a.v < b.v};
+}
 template <typename T>
-Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {a.v <= b.v}; }
+Mask<T> operator<=(Vec<T> a, Vec<T> b) {
+  return {a.v <= b.v};
+}
 template <typename T>
-Mask<T> operator==(Vec<T> a, Vec<T> b) { return {a.v == b.v}; }
+Mask<T> operator==(Vec<T> a, Vec<T> b) {
+  return {a.v == b.v};
+}
 template <typename T>
-Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) { return m.m ? a.v : b.v; }
+Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) {
+  return m.m ? a.v : b.v;
+}
 template <typename T>
 bool any(Mask<T> a) {
   typename Vec<T>::Int bits = 0;
@@ -150,14 +168,22 @@ bool any(Mask<T> a) {
   return bits != 0;
 }
 template <typename T>
-bool all(Mask<T> a) { return !any(~a); }
+bool all(Mask<T> a) {
+  return !any(~a);
+}
 #endif
 template <typename T>
-Mask<T> operator>(Vec<T> a, Vec<T> b) { return b < a; }
+Mask<T> operator>(Vec<T> a, Vec<T> b) {
+  return b < a;
+}
 template <typename T>
-Mask<T> operator>=(Vec<T> a, Vec<T> b) { return b <= a; }
+Mask<T> operator>=(Vec<T> a, Vec<T> b) {
+  return b <= a;
+}
 template <typename T>
-Mask<T> is_nan(Vec<T> a) { return ~(a == a); }
+Mask<T> is_nan(Vec<T> a) {
+  return ~(a == a);
+}
 
 // ---- a b + c with one rounding where the processor has it; min, max, sqrt, abs ----
 
@@ -181,7 +207,9 @@ inline VecF max(VecF a, VecF b) { return VecF(_mm256_max_ps(a.v, b.v)); }
 inline VecD max(VecD a, VecD b) { return VecD(_mm256_max_pd(a.v, b.v)); }
 #else
 template <typename T>
-Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return a.v * b.v + c.v; }
+Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a.v * b.v + c.v;
+}
 template <typename T>
 Vec<T> sqrt(Vec<T> a) {
   for (int i = 0; i < Vec<T>::size; ++i) a.v[i] = std::sqrt(a.v[i]);
@@ -189,15 +217,23 @@ Vec<T> sqrt(Vec<T> a) {
 }
 // As on x86: where either is NaN, the second operand.
 template <typename T>
-Vec<T> min(Vec<T> a, Vec<T> b) { return select(a < b, a, b); }
+Vec<T> min(Vec<T> a, Vec<T> b) {
+  return select(a < b, a, b);
+}
 template <typename T>
-Vec<T> max(Vec<T> a, Vec<T> b) { return select(a > b, a, b); }
+Vec<T> max(Vec<T> a, Vec<T> b) {
+  return select(a > b, a, b);
+}
 #endif
 // min and max above return b where either operand is NaN; these are NaN there.
 template <typename T>
-Vec<T> minimum(Vec<T> a, Vec<T> b) { return select(is_nan(a), a, min(a, b)); }
+Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  return select(is_nan(a), a, min(a, b));
+}
 template <typename T>
-Vec<T> maximum(Vec<T> a, Vec<T> b) { return select(is_nan(a), a, max(a, b)); }
+Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return select(is_nan(a), a, max(a, b));
+}
 template <typename T>
 Vec<T> abs(Vec<T> a) {
   using Int = typename Vec<T>::Int;
@@ -252,7 +288,9 @@ inline VecD VecD::load(const double* p, int64_t n) {
   return _mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p);
 }
 template <>
-inline void VecF::store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+inline void VecF::store(float* p, int64_t n) const {
+  _mm512_mask_storeu_ps(p, first_lanes(n), v);
+}
 template <>
 inline void VecD::store(double* p, int64_t n) const {
   _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), v);
@@ -265,7 +303,9 @@ Vec<T> Vec<T>::load(const T* p, int64_t n) {
   return r;
 }
 template <typename T>
-void Vec<T>::store(T* p, int64_t n) const { std::memcpy(p, &v, size_t(n) * sizeof(T)); }
+void Vec<T>::store(T* p, int64_t n) const {
+  std::memcpy(p, &v, size_t(n) * sizeof(T));
+}
 #endif
 
 // ---- half-precision memory ----
@@ -281,7 +321,8 @@ inline VecF::Bits rounded_to_bfloat16(VecF a) {
 template <>
 inline VecF VecF::load(const bfloat16* p) {
   const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16));
+  return _mm512_castsi512_ps(
+      _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, u), 16));
 }
 template <>
 inline void VecF::store(bfloat16* p) const {
@@ -290,7 +331,7 @@ inline void VecF::store(bfloat16* p) const {
 }
 template <>
 inline VecF VecF::load(const half* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 template <>
 inline void VecF::store(half* p) const {

@@ -1,0 +1,251 @@
+// C (+)= A B for bfloat16 in AMX tiles, with float sums.
+//
+// A 32 x 32 tile of C stays in four tile registers while k runs, 32 at a time:
+//   for k: c[i][j] += A[i] B[j], i, j in {0, 1}
+// Both operands are packed as 1 KB tiles of 16 rows by 64 bytes, [16 rows or columns][k /
+// 32][tile]. A row of an A tile is 32 consecutive k; a row of a B tile is the pair (k, k + 1) of 16
+// columns. In 32-bit words (pairs along k) one is the transpose of the other, so one function packs
+// both. AMX takes denormals as zero.
+#pragma once
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/matrix.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+
+namespace weft {
+
+struct AmxProduct {
+  using Packed = bfloat16;
+  using Sum = float;
+
+  static constexpr int64_t columns = 32;
+  static constexpr int64_t depth_unit = 32;
+  static constexpr int64_t tile_elements = 512;
+  static constexpr int64_t block_panels = 8;
+  static constexpr int64_t block_depth = 1024;
+  static constexpr int64_t block_columns = 2048;
+
+  // The tile configuration, from the outermost Session of a thread to its end. A kernel that makes
+  // many small products holds one around them all.
+  class Session {
+   public:
+    Session() {
+      if (depth()++ == 0) configure();
+    }
+    ~Session() {
+      if (--depth() == 0) _tile_release();
+    }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+   private:
+    static int& depth() {
+      static thread_local int value = 0;
+      return value;
+    }
+    static void configure() {
+      // The kernel grants the tile registers to a process that asks (ARCH_REQ_XCOMP_PERM).
+      static const long granted = syscall(SYS_arch_prctl, 0x1023, 18);
+      (void)granted;
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } config;
+      // gcc 12 does not know that the instruction reads the structure, and drops its stores.
+      asm volatile("" ::"r"(&config) : "memory");
+      _tile_loadconfig(&config);
+    }
+  };
+
+  static int64_t panels(int64_t rows) { return ceil_div(rows, 32); }
+  static int64_t panel_start(int64_t rows, int64_t i) { return std::min(32 * i, rows); }
+  static int64_t left_size(int64_t rows, int64_t depth) {
+    return round_up(rows, 16) * round_up(depth, 32);
+  }
+  static int64_t right_size(int64_t depth, int64_t cols) {
+    return round_up(cols, columns) * round_up(depth, 32);
+  }
+
+  // Within a packed panel of `depth`: where k begins, and from the first 16 columns to the others.
+  static int64_t right_offset(int64_t k) { return k * 16; }
+  static int64_t right_stride(int64_t depth) { return round_up(depth, 32) * 16; }
+
+  // The left operand: packed tiles of `depth`, or rows in place (col_stride 1; whole tiles only).
+  struct Left {
+    const bfloat16* data;
+    int64_t rows, depth;
+    int64_t row_stride = 0, col_stride = 0;  // both 0: packed
+  };
+
+  template <typename S>
+  static void pack_left(Matrix<S> a, bfloat16* target) {
+    for (int64_t i = 0; i < a.rows; i += 16)
+      for (int64_t k = 0; k < a.cols; k += 32, target += tile_elements)
+        pack_tile<false>(
+            a.block(i, k, std::min<int64_t>(16, a.rows - i), std::min<int64_t>(32, a.cols - k)),
+            target);
+  }
+
+  // One panel: source is (depth, up to 32 columns); the missing columns become 0.
+  template <typename S>
+  static void pack_right(Matrix<S> b, bfloat16* target) {
+    const Matrix<S> bt = b.transposed();
+    for (int64_t j = 0; j < 32; j += 16)
+      for (int64_t k = 0; k < b.rows; k += 32, target += tile_elements)
+        pack_tile<true>(bt.block(std::min(j, b.cols), k, std::clamp<int64_t>(b.cols - j, 0, 16),
+                                 std::min<int64_t>(32, b.rows - k)),
+                        target);
+  }
+
+  // C[rows of the panels, 0..n) (+)= A[those rows, k0..k0+depth) B, for one packed panel of B whose
+  // second 16 columns begin b_stride elements after the first.
+  static void multiply(const Left& a, int64_t first_panel, int64_t last_panel, int64_t k0,
+                       int64_t depth, const bfloat16* b, int64_t b_stride, int n, float* c,
+                       int64_t ldc, bool accumulate, Prefetch& prefetch) {
+    const int64_t steps = ceil_div(depth, 32);
+    alignas(64) float edge[32 * 32];
+    for (int64_t i = first_panel; i < last_panel; ++i) {
+      const int64_t row = 32 * i;
+      const int height = int(std::min<int64_t>(32, a.rows - row));
+      Operand left;
+      if (a.col_stride == 1) {
+        left = {a.data + row * a.row_stride + k0, 16 * a.row_stride, 2 * a.row_stride, 32};
+      } else {
+        const int64_t tile_row = round_up(a.depth, 32) * 16;
+        left = {a.data + row / 16 * tile_row + k0 * 16, tile_row, 64, tile_elements};
+      }
+      float* out = c + row * ldc;
+      float* target = out;
+      int64_t stride = ldc;
+      if (height % 16 != 0 || n % 16 != 0) {
+        target = edge, stride = 32;
+        if (accumulate) copy(out, ldc, height, n, edge, 32);
+      }
+      if (height > 16) {
+        n > 16 ? tile<2, 2>(steps, left, b, b_stride, target, stride, accumulate, prefetch)
+               : tile<2, 1>(steps, left, b, b_stride, target, stride, accumulate, prefetch);
+      } else {
+        n > 16 ? tile<1, 2>(steps, left, b, b_stride, target, stride, accumulate, prefetch)
+               : tile<1, 1>(steps, left, b, b_stride, target, stride, accumulate, prefetch);
+      }
+      if (target == edge) copy(edge, 32, height, n, out, ldc);
+    }
+  }
+
+ private:
+  // Where the tiles of A lie: the second 16 rows, bytes between rows, elements between k steps.
+  struct Operand {
+    const bfloat16* data;
+    int64_t second, row_bytes, step;
+  };
+
+  template <int M, int N>
+  static void tile(int64_t steps, Operand a, const bfloat16* b, int64_t b_stride, float* c,
+                   int64_t ldc, bool accumulate, Prefetch& walk) {
+    const int64_t c_bytes = ldc * 4;
+    float* c1 = c + 16 * ldc;
+    if (accumulate) {
+      _tile_loadd(0, c, c_bytes);
+      if constexpr (N == 2) _tile_loadd(1, c + 16, c_bytes);
+      if constexpr (M == 2) _tile_loadd(2, c1, c_bytes);
+      if constexpr (M == 2 && N == 2) _tile_loadd(3, c1 + 16, c_bytes);
+    } else {
+      _tile_zero(0);
+      if constexpr (N == 2) _tile_zero(1);
+      if constexpr (M == 2) _tile_zero(2);
+      if constexpr (M == 2 && N == 2) _tile_zero(3);
+    }
+    Prefetch prefetch = walk;
+    for (int64_t s = 0; s < steps; ++s) {
+      prefetch.next();
+      prefetch.next();
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, a.data, a.row_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (N == 2) {
+        _tile_loadd(7, b + b_stride, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (M == 2) {
+        _tile_loadd(5, a.data + a.second, a.row_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (N == 2) _tile_dpbf16ps(3, 5, 7);
+      }
+      a.data += a.step;
+      b += tile_elements;
+    }
+    walk = prefetch;
+    _tile_stored(0, c, c_bytes);
+    if constexpr (N == 2) _tile_stored(1, c + 16, c_bytes);
+    if constexpr (M == 2) _tile_stored(2, c1, c_bytes);
+    if constexpr (M == 2 && N == 2) _tile_stored(3, c1 + 16, c_bytes);
+  }
+
+  static void copy(const float* from, int64_t from_stride, int rows, int n, float* to,
+                   int64_t to_stride) {
+    for (int i = 0; i < rows; ++i)
+      std::memcpy(to + i * to_stride, from + i * from_stride, size_t(n) * 4);
+  }
+
+  // One 1 KB tile from x, up to 16 rows or columns (index) by up to 32 k; the rest becomes 0.
+  // pairs_first: words stored [pair of k][index], otherwise [index][pair of k].
+  template <bool pairs_first, typename S>
+  static void pack_tile(Matrix<S> x, bfloat16* target) {
+    __m512i word[16];
+    const int n = int(x.rows), depth = int(x.cols);
+    bool words_by_pair = false;
+    if (x.col_stride == 1) {
+      for (int i = 0; i < 16; ++i)
+        word[i] = i < n ? load32(x.at(i, 0), depth) : _mm512_setzero_si512();
+    } else if (x.row_stride == 1) {
+      words_by_pair = true;
+      for (int g = 0; g < 16; ++g)
+        word[g] =
+            interleave(2 * g < depth ? load16(x.at(0, 2 * g), n) : _mm256_setzero_si256(),
+                       2 * g + 1 < depth ? load16(x.at(0, 2 * g + 1), n) : _mm256_setzero_si256());
+    } else {
+      alignas(64) bfloat16 part[16][32] = {};
+      for (int i = 0; i < n; ++i)
+        for (int k = 0; k < depth; ++k) part[i][k] = bfloat16(float(*x.at(i, k)));
+      for (int i = 0; i < 16; ++i) word[i] = _mm512_load_si512(part[i]);
+    }
+    if (words_by_pair != pairs_first) {
+      Registers<float>::Bits block[16];
+      for (int i = 0; i < 16; ++i) block[i] = (Registers<float>::Bits)word[i];
+      transpose_block<16>(block);
+      for (int i = 0; i < 16; ++i) word[i] = (__m512i)block[i];
+    }
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(target + 32 * i, word[i]);
+  }
+
+  // 32 or 16 consecutive elements as bfloat16, the first n of them read.
+  static __m512i load32(const bfloat16* p, int n) {
+    return n == 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
+  }
+  static __m256i load16(const bfloat16* p, int n) {
+    return _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  }
+  static __m512i load32(const float* p, int n) {
+    const VecF low = VecF::load(p, std::min(n, 16)), high = VecF::load(p + 16, std::max(n - 16, 0));
+    return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+  }
+  static __m256i load16(const float* p, int n) {
+    return (__m256i)_mm512_cvtneps_pbh(VecF::load(p, n).v);
+  }
+  static __m512i interleave(__m256i even, __m256i odd) {
+    return _mm512_or_si512(
+        _mm512_maskz_cvtepu16_epi32(0xffff, even),
+        _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, odd), 16));
+  }
+};
+
+}  // namespace weft
+#endif

@@ -1,0 +1,214 @@
+// C (+)= A B in vector registers, for float and double, at every instruction-set level.
+//
+// A tile of C, H rows by V vectors, stays in registers while k runs:
+//   for k: b[v] = B[k, v];  for i < H: c[i, v] += A[i, k] b[v]
+// B is packed in panels of V vectors, [panel][k][columns]; A in panels of H rows, [panel][k][rows].
+// The rows are split evenly over the panels (64 = 4 x 13 + 12), so none is padding. Every element
+// is one chain of multiply-adds in the order of k: no split of the rows or columns changes its
+// bits.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "common/matrix.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+
+namespace weft {
+
+template <typename T>
+struct VectorProduct {
+  using Packed = T;
+  using Sum = T;
+
+  static constexpr int W = Vec<T>::size;
+  // As many accumulators as the registers hold, beside the V of B and one of A.
+#if defined(__AVX512F__)
+  static constexpr int max_height = 14;
+#elif defined(__AVX2__)
+  static constexpr int max_height = 6;
+#else
+  static constexpr int max_height = 4;
+#endif
+  static constexpr int64_t columns = 2 * W;
+  static constexpr int64_t depth_unit = 1;
+
+  // Cache blocks: 18 panels of A, block_depth deep, fill half of the second-level cache.
+  static constexpr int64_t block_panels = 18;
+  static constexpr int64_t block_depth = 4096 / int64_t(sizeof(T));
+  static constexpr int64_t block_columns = 2048;
+
+  // Nothing to set up (see the AMX product).
+  struct Session {
+    Session() {}
+  };
+
+  static int64_t panels(int64_t rows) { return ceil_div(rows, max_height); }
+  static int64_t panel_start(int64_t rows, int64_t i) {
+    const int64_t n = panels(rows);
+    return i * (rows / n) + std::min(i, rows % n);
+  }
+  static int64_t left_size(int64_t rows, int64_t depth) { return rows * depth; }
+  static int64_t right_size(int64_t depth, int64_t cols) { return round_up(cols, columns) * depth; }
+
+  // Within a packed panel: where row k begins, and from one k to the next.
+  static int64_t right_offset(int64_t k) { return k * columns; }
+  static int64_t right_stride(int64_t) { return columns; }
+
+  // The left operand: packed panels of `depth`, or in place with one of its strides 1.
+  struct Left {
+    const T* data;
+    int64_t rows, depth;
+    int64_t row_stride = 0, col_stride = 0;  // both 0: packed
+  };
+
+  template <typename S>
+  static void pack_left(Matrix<S> a, T* target) {
+    const int64_t n = panels(a.rows);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = panel_start(a.rows, i);
+      const int height = int(panel_start(a.rows, i + 1) - row);
+      pack_panel(a.block(row, 0, height, a.cols).transposed(), target + row * a.cols, height);
+    }
+  }
+
+  // One panel: source is (depth, up to `columns` columns); the missing columns become 0.
+  template <typename S>
+  static void pack_right(Matrix<S> b, T* target) {
+    pack_panel(b, target, int(columns));
+  }
+
+  // C[rows of the panels, 0..n) (+)= A[those rows, k0..k0+depth) B, for one packed panel of B.
+  static void multiply(const Left& a, int64_t first_panel, int64_t last_panel, int64_t k0,
+                       int64_t depth, const T* b, int64_t b_stride, int n, T* c, int64_t ldc,
+                       bool accumulate, Prefetch& prefetch) {
+    const bool wide = n > W;
+    for (int64_t i = first_panel; i < last_panel; ++i) {
+      const int64_t row = panel_start(a.rows, i);
+      const int height = int(panel_start(a.rows, i + 1) - row);
+      Tile t{depth,      nullptr,  0, b, b_stride, c + row * ldc, ldc, n - (wide ? W : 0),
+             accumulate, &prefetch};
+      const bool adjacent = a.col_stride != 1;
+      if (a.col_stride == 1) {
+        t.a = a.data + row * a.row_stride + k0;
+        t.a_stride = a.row_stride;
+      } else if (a.row_stride == 1) {
+        t.a = a.data + row + k0 * a.col_stride;
+        t.a_stride = a.col_stride;
+      } else {
+        t.a = a.data + row * a.depth + k0 * height;
+        t.a_stride = height;
+      }
+      kernels[adjacent][wide][size_t(height - 1)](t);
+    }
+  }
+
+ private:
+  struct Tile {
+    int64_t depth;
+    const T* a;
+    int64_t a_stride;
+    const T* b;
+    int64_t b_stride;
+    T* c;
+    int64_t ldc;
+    int64_t last_columns;  // of the last vector
+    bool accumulate;
+    Prefetch* prefetch;
+  };
+
+  // rows_adjacent: A[i, k] is a[k a_stride + i], otherwise a[i a_stride + k].
+  template <int H, int V, bool rows_adjacent>
+  static void tile(const Tile& t) {
+    Vec<T> sum[H][V];
+    const T* a = t.a;
+    const T* b = t.b;
+    auto step = [&] {
+      Vec<T> bv[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) bv[v] = Vec<T>::load(b + v * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < H; ++i) {
+        const Vec<T> ai(a[rows_adjacent ? i : i * t.a_stride]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[i][v] = fma(ai, bv[v], sum[i][v]);
+      }
+      a += rows_adjacent ? t.a_stride : 1;
+      b += t.b_stride;
+    };
+    // Four steps at a time, one memory line asked for in between: first those of C, then the
+    // region that the caller wants next.
+    Prefetch prefetch = *t.prefetch;
+    const int64_t groups = t.depth / 4;
+    int64_t g = 0;
+    T* line = t.c;
+    for (const int64_t end = std::min<int64_t>(groups, H); g < end; ++g, line += t.ldc) {
+      __builtin_prefetch(line, 1, 3);
+      __builtin_prefetch(line + V * W - 1, 1, 3);
+      step(), step(), step(), step();
+    }
+    for (; g < groups; ++g) {
+      prefetch.next();
+      step(), step(), step(), step();
+    }
+    for (int64_t p = 4 * groups; p < t.depth; ++p) step();
+    *t.prefetch = prefetch;
+
+    T* c = t.c;
+#pragma GCC unroll 16
+    for (int i = 0; i < H; ++i, c += t.ldc) {
+      if (t.last_columns == W) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v)
+          (t.accumulate ? Vec<T>::load(c + v * W) + sum[i][v] : sum[i][v]).store(c + v * W);
+      } else {
+        if constexpr (V == 2) (t.accumulate ? Vec<T>::load(c) + sum[i][0] : sum[i][0]).store(c);
+        T* last = c + (V - 1) * W;
+        const Vec<T> s = sum[i][V - 1];
+        (t.accumulate ? Vec<T>::load(last, t.last_columns) + s : s).store(last, t.last_columns);
+      }
+    }
+  }
+
+  using Kernel = void (*)(const Tile&);
+  template <int V, bool rows_adjacent, int... i>
+  static constexpr std::array<Kernel, sizeof...(i)> by_height(std::integer_sequence<int, i...>) {
+    return {&tile<i + 1, V, rows_adjacent>...};
+  }
+  using Heights = std::make_integer_sequence<int, max_height>;
+  // [rows adjacent][second vector][height - 1]
+  static constexpr std::array<Kernel, max_height> kernels[2][2] = {
+      {by_height<1, false>(Heights{}), by_height<2, false>(Heights{})},
+      {by_height<1, true>(Heights{}), by_height<2, true>(Heights{})}};
+
+  // target[k * width + j] = source[k, j], with zeros up to width.
+  template <typename S>
+  static void pack_panel(Matrix<S> source, T* target, int width) {
+    const int64_t depth = source.rows;
+    const int n = int(source.cols);
+    if (source.col_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int j = 0; j < width; j += W) {
+          const S* from = source.at(k, j);
+          T* to = target + k * width + j;
+          if (n - j >= W) {
+            Vec<T>::load(from).store(to);
+          } else {
+            Vec<T>::load(from, std::max(n - j, 0)).store(to, std::min(width - j, W));
+          }
+        }
+    } else if (source.row_stride == 1) {
+      for (int j = 0; j < width; j += W)
+        for (int64_t k = 0; k < depth; k += W)
+          transpose_tile(source.at(k, j), source.col_stride, std::clamp(n - j, 0, W),
+                         int(std::min<int64_t>(W, depth - k)), target + k * width + j, width,
+                         std::min(width - j, W));
+    } else {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int j = 0; j < width; ++j) target[k * width + j] = j < n ? T(*source.at(k, j)) : T(0);
+    }
+  }
+};
+
+}  // namespace weft
