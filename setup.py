@@ -6,6 +6,7 @@ Environment: CXX, WEFT_NVCC (path), WEFT_CUDA=0 (skip), WEFT_CUDA_ARCHS ("80;90a
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ class NativeBuild(build_ext):
         except Exception as error:  # no compiler, header or tool: the reference still works
             if os.environ.get("WEFT_REQUIRE_NATIVE") == "1":
                 raise
-            message = f"weft: native build failed, only the reference will run: {error}"
+            message = f"weft: native build incomplete, the reference runs in its place: {error}"
             print(message, file=sys.stderr, flush=True)
             (self.package_directory() / "_build_error.txt").write_text(message + "\n")
 
@@ -55,7 +56,8 @@ class NativeBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)  # an editable install
         for stale in [*out.glob("_*.so"), out / "_build_error.txt"]:
             stale.unlink(missing_ok=True)
-        (work / "build.ninja").write_text(ninja_file(out))
+        graph = ninja_file(out)
+        (work / "build.ninja").write_text(graph)
         ninja = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
         if ninja is None:
             raise RuntimeError("ninja was not found")
@@ -66,7 +68,9 @@ class NativeBuild(build_ext):
         if done.returncode:
             lines = done.stdout.splitlines()
             clear = ("error:", "not found", "cannot find", "FAILED")  # from the clearest to the vaguest
-            raise RuntimeError(next((x for word in clear for x in lines if word in x), "ninja failed"))
+            why = next((x for word in clear for x in lines if word in x), "ninja failed")
+            unbuilt = [n for n in re.findall(r"^build \S*?/(_\w+)\S*\.so:", graph, re.M) if not [*out.glob(f"{n}*.so")]]
+            raise RuntimeError(f"without {', '.join(unbuilt)}: {why}")
 
     def get_outputs(self):
         return [str(path) for path in self.package_directory().glob("_*.so")]

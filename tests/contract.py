@@ -43,9 +43,17 @@ class Call:
             for name, value in self.sample.options.items()
         }
 
+    def in_float64(self) -> "Call":
+        """The same call with the values of these inputs in float64: where truth comes from."""
+        exact = Call(self.cases, self.sample, torch.float64, self.device)
+        exact.args = tuple(
+            unexpanded(a).double().expand(a.shape) if _is_float(a) else a for a in self.args
+        )
+        return exact
+
     def leaves(self) -> list[Tensor]:
         """One tensor per float argument, without the expansion that gradcheck could not perturb."""
-        return [_unexpanded(a).detach().requires_grad_() for a in self.args if _is_float(a)]
+        return [unexpanded(a).detach().requires_grad_() for a in self.args if _is_float(a)]
 
     def with_leaves(self, leaves, function=None):
         """Calls the function with the float arguments replaced, expanded as in the sample."""
@@ -61,7 +69,8 @@ def _is_float(value) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _unexpanded(tensor: Tensor) -> Tensor:
+def unexpanded(tensor: Tensor) -> Tensor:
+    """The tensor with one element where a dimension is broadcast."""
     for dim in range(tensor.dim()):
         if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)

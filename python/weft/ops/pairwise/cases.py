@@ -26,7 +26,7 @@ def plain_subspace_logits(
         bases = bases.masked_fill(unused[:, None, :], 0)
     if normalize:
         x = F.normalize(x, dim=-1, eps=eps or 1e-12)
-    z = F.linear(x, bases.mT.reshape(C * k, D)).reshape(-1, C, k)
+    z = F.linear(x, bases.mT.reshape(C * k, D)).reshape(x.shape[0], C, k)
     out = z.square().sum(-1) if squared else z.norm(dim=-1)
     return out if gamma is None else gamma * out
 
@@ -55,7 +55,7 @@ SUBSPACE_LOGITS_SAMPLES = [
     Sample("squared", _logits(3, 4, 5, 3), {"squared": True, "gamma": 2.0}),
     Sample("squared_head", _logits(3, 4, 5, 3), {"squared": True, **HEAD}),
     Sample("eps", _logits(4, 3, 6, 2), {"normalize": True, "eps": 1.5}),
-    Sample("one_dimension", _logits(1, 1, 1, 1), HEAD),
+    Sample("one_dimension", _logits(1, 1, 1, 1)),
     Sample("whole_space", _logits(2, 2, 3, 3)),
     Sample("prime", _logits(37, 41, 67, 5), HEAD),
     Sample("contiguous_bases", _logits(4, 3, 6, 2, view=lambda x, s: (x, s.contiguous())), HEAD),

@@ -86,9 +86,9 @@ def _check(x, bases, dims, gamma, eps):
     C, D, k = bases.shape
     if k > D:
         raise ValueError(f"bases: {k} columns of length {D} cannot be orthonormal; k must be <= D")
-    if not (gamma >= 0 and math.isfinite(gamma)):
+    if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
     if dims is None:
         return
