@@ -124,7 +124,7 @@ struct VectorProduct {
     Vec<T> sum[H][V];
     const T* a = t.a;
     const T* b = t.b;
-    auto step = [&] {
+    auto step = [&]() __attribute__((always_inline)) {
       Vec<T> bv[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) bv[v] = Vec<T>::load(b + v * W);
@@ -141,16 +141,17 @@ struct VectorProduct {
     // region that the caller wants next.
     Prefetch prefetch = *t.prefetch;
     const int64_t groups = t.depth / 4;
-    int64_t g = 0;
-    T* line = t.c;
-    for (const int64_t end = std::min<int64_t>(groups, H); g < end; ++g, line += t.ldc) {
-      __builtin_prefetch(line, 1, 3);
-      __builtin_prefetch(line + V * W - 1, 1, 3);
-      step(), step(), step(), step();
-    }
-    for (; g < groups; ++g) {
-      prefetch.next();
-      step(), step(), step(), step();
+    const T* line = t.c;
+    for (int64_t g = 0; g < groups; ++g) {
+      if (g < H) {
+        __builtin_prefetch(line, 1, 3);
+        __builtin_prefetch(line + V * W - 1, 1, 3);
+        line += t.ldc;
+      } else {
+        prefetch.next();
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) step();
     }
     for (int64_t p = 4 * groups; p < t.depth; ++p) step();
     *t.prefetch = prefetch;
