@@ -4,26 +4,22 @@
 //                   ∂x = (∂û − û⟨û, ∂û⟩)/‖x‖.
 //
 // With the bases as the rows of W (C·k × D) all the work is three matrix products, so the limit is
-// the multiply rate. Forward: for each block of classes and of samples, Z = U Wᵀ, then the norms
-// while Z is in cache. Backward: for each group of classes as large as its buffer allows, Q (from
-// the saved Z, or from Z computed again), then ∂W by blocks of classes and ∂Û by blocks of D.
+// the multiply rate. Z and Q are held transposed, one row per column of a basis and the samples in
+// vector lanes: the rows of W are then read as they lie, and a norm is a sum over k rows.
+//   forward:  for blocks of classes > of samples:  Zᵀ = W Uᵀ in cache, then its norms
+//   backward: for groups of classes, as many as the buffer of Q holds:
+//               Qᵀ from the saved Z, or from Zᵀ = W Uᵀ computed again
+//               for blocks of classes: ∂W = Qᵀ U;   for blocks of D > of samples: ∂Û += Q W
 // No sum depends on how blocks fall to threads.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
-#include "common/gemm.h"
-#include "cpu/registration.h"
+#include "cpu/pairwise/subspace.h"
 
 namespace weft {
 namespace {
 
-constexpr int64_t kSampleBlock = 256;      // rows of a Z block
-constexpr int64_t kRowBlock = 256;         // columns of a Z block, that is rows of W, about
-constexpr int64_t kFeatureBlock = 256;     // columns of a ∂Û block
-constexpr int64_t kGroupBytes = 32 << 20;  // the buffer of Q in the backward
+constexpr int64_t kSampleBlock = 256;
+constexpr int64_t kRowBlock = 256;  // rows of W, about: a block has whole classes
+constexpr int64_t kFeatureBlock = 256;
+constexpr int64_t kGroupBytes = 32 << 20;  // the buffer of Q
 
 struct Options {
   double gamma;
@@ -31,189 +27,172 @@ struct Options {
   double eps;
 };
 
-// û_b = scale_b · x'_b with x' = x·2^-e and 2^e ≈ ‖x_b‖_∞: no square overflows or vanishes, and the
-// scaling is exact in every dtype.
-template <typename T>
-struct Features {
-  Matrix<T> rows;  // x', or x itself where nothing is normalised
-  std::vector<T> storage;
-  std::vector<Acc<T>> scale;    // 1/max(‖x'‖, eps·2^-e), 0 for a zero row without eps
-  std::vector<Acc<T>> inverse;  // 1/max(‖x‖, eps), likewise
-  std::vector<char> inside;     // ‖x‖ <= eps: the divisor is a constant
-
-  Features(Matrix<T> x, Options opt) : rows(x) {
-    if (!opt.normalize) return;
-    using A = Acc<T>;
-    storage.resize(x.rows * x.cols);
-    scale.resize(x.rows), inverse.resize(x.rows), inside.resize(x.rows);
-    parallel_for(0, x.rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const T* in = x.data + b * x.row_stride;
-        T* out = storage.data() + b * x.cols;
-        A largest = 0;
-        for (int64_t d = 0; d < x.cols; ++d)
-          largest = std::max(largest, std::abs(A(in[d * x.col_stride])));  // drops a NaN, as wanted
-        constexpr int most = std::numeric_limits<A>::max_exponent - 2;
-        const int e = largest > 0 && std::isfinite(largest) ? std::ilogb(largest) : 0;
-        const A down = std::ldexp(A(1), -std::clamp(e, -most, most));
-        A square = 0;
-        for (int64_t d = 0; d < x.cols; ++d) {
-          const A v = A(in[d * x.col_stride]) * down;
-          out[d] = T(v);
-          square += v * v;
-        }
-        const A length = std::sqrt(square), floor = A(opt.eps) * down;
-        inside[b] = length <= floor;
-        const A divisor = inside[b] ? floor : length;
-        scale[b] = divisor == 0 ? A(0) : A(1) / divisor;
-        inverse[b] = scale[b] * down;
-      }
-    });
-    rows = {storage.data(), x.rows, x.cols, x.cols, 1};
-  }
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
 };
 
-// The bases as rows of W: row c·k + j is column j of S_c, zero from dims[c] on.
-template <typename T>
-struct Bases {
-  const T* data;
-  int64_t C, D, k, stride_c, stride_d, stride_k;
-  const int64_t* dims;
-
-  int64_t dim(int64_t c) const { return dims ? std::clamp<int64_t>(dims[c], 0, k) : k; }
-
-  // Rows of the classes [c0, c1); copied to storage where they do not lie one stride apart.
-  Matrix<T> rows(int64_t c0, int64_t c1, std::vector<T>& storage) const {
-    if (!dims && (stride_c == k * stride_k || c1 - c0 == 1))
-      return {data + c0 * stride_c, (c1 - c0) * k, D, stride_k, stride_d};
-    storage.resize((c1 - c0) * k * D);
-    T* out = storage.data();
-    for (int64_t c = c0; c < c1; ++c)
-      for (int64_t j = 0; j < k; ++j, out += D)
-        for (int64_t d = 0; d < D; ++d)
-          out[d] = j < dim(c) ? data[c * stride_c + j * stride_k + d * stride_d] : T(0);
-    return {storage.data(), (c1 - c0) * k, D, D, 1};
-  }
-};
-
-// ‖z‖; squares that overflow or vanish are scaled first.
-template <typename A>
-A length(const A* z, int64_t k) {
-  A square = 0;
-  for (int64_t j = 0; j < k; ++j) square += z[j] * z[j];
-  constexpr A tiny = std::is_same_v<A, float> ? A(1e-30) : A(1e-290);
-  if (square > tiny && square < 1 / tiny) return std::sqrt(square);
-  A largest = 0;
-  for (int64_t j = 0; j < k; ++j) largest = std::max(largest, std::abs(z[j]));
-  if (!(largest > 0) || !std::isfinite(largest)) return std::sqrt(square);
-  square = 0;
-  for (int64_t j = 0; j < k; ++j) square += (z[j] / largest) * (z[j] / largest);
-  return std::sqrt(square) * largest;
-}
-
-// Z block -> û's scale applied in place, logits written, projections kept if asked for.
-template <typename T>
-void logits_of_block(Acc<T>* z, int64_t ldz, const Features<T>& u, const Bases<T>& s, Options opt,
-                     int64_t b0, int64_t b1, int64_t c0, int64_t c1, T* logits, T* projections) {
-  using A = Acc<T>;
-  for (int64_t b = b0; b < b1; ++b) {
-    A* row = z + (b - b0) * ldz;
-    if (opt.normalize)
-      for (int64_t i = 0; i < (c1 - c0) * s.k; ++i) row[i] *= u.scale[b];
-    for (int64_t c = c0; c < c1; ++c) {
-      const A* zc = row + (c - c0) * s.k;
-      A value;
-      if (opt.squared) {
-        value = 0;
-        for (int64_t j = 0; j < s.dim(c); ++j) value += zc[j] * zc[j];
-      } else {
-        value = length(zc, s.dim(c));
-      }
-      logits[b * s.C + c] = T(A(opt.gamma) * value);
-    }
-    if (projections)
-      for (int64_t i = 0; i < (c1 - c0) * s.k; ++i)
-        projections[(b * s.C + c0) * s.k + i] = T(row[i]);
-  }
+Range block_of(int64_t index, int64_t size, Range whole) {
+  const int64_t begin = whole.begin + index * size;
+  return {begin, std::min(begin + size, whole.end)};
 }
 
 int64_t classes_per_block(int64_t k) {
   return std::max<int64_t>(1, kRowBlock / std::max<int64_t>(k, 1));
 }
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Z (b0..b1) × (c0..c1) = U Wᵀ without û's scale, row-major with leading dimension (c1 − c0)·k.
+// Uᵀ, packed once per block of samples as the right operand of Zᵀ = W Uᵀ.
 template <typename T>
-void project(const Features<T>& u, const Bases<T>& s, int64_t b0, int64_t b1, int64_t c0,
-             int64_t c1, std::vector<T>& storage, Acc<T>* z) {
-  const Matrix<T> w = s.rows(c0, c1, storage);
-  gemm(u.rows.block(b0, 0, b1 - b0, s.D), w.transposed(), z, w.rows);
+class PackedSamples {
+ public:
+  explicit PackedSamples(Matrix<T> u) : u_(u) {
+    const int64_t blocks = ceil_div(u.rows, kSampleBlock);
+    stride_ = PackedRight<T>::size(u.cols, std::min(kSampleBlock, u.rows));
+    auto* memory = storage_.get<typename PackedRight<T>::Packed>(blocks * stride_);
+    std::vector<PackedRight<T>> packed(size_t(blocks), PackedRight<T>(Matrix<T>{}, nullptr));
+    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Range b = block_of(i, kSampleBlock, {0, u.rows});
+        packed[size_t(i)] = PackedRight<T>(u.block(b.begin, 0, b.size(), u.cols).transposed(),
+                                           memory + i * stride_);
+      }
+    });
+    packed_ = std::move(packed);
+  }
+
+  // Zᵀ = W Uᵀ, (rows of w) × (samples of the block), without û's scale.
+  void project(Matrix<T> w, int64_t block, Acc<T>* z) const {
+    const auto& right = packed_[size_t(block)];
+    gemm(w, right, z, right.cols);
+  }
+
+ private:
+  Matrix<T> u_;
+  int64_t stride_;
+  Scratch storage_;
+  std::vector<PackedRight<T>> packed_;
+};
+
+// ‖z‖ of the k values stride apart, where the sum of squares overflowed or vanished.
+template <typename A>
+A careful_length(const A* z, int64_t k, int64_t stride) {
+  A largest = 0, square = 0;
+  bool nan = false;
+  for (int64_t j = 0; j < k; ++j) {
+    nan |= std::isnan(z[j * stride]);
+    largest = std::max(largest, std::abs(z[j * stride]));
+  }
+  if (nan) return std::numeric_limits<A>::quiet_NaN();
+  if (largest == 0 || std::isinf(largest)) return largest;
+  for (int64_t j = 0; j < k; ++j) square += (z[j * stride] / largest) * (z[j * stride] / largest);
+  return std::sqrt(square) * largest;
 }
 
+// out_b = ‖z_b‖² or ‖z_b‖ over the k rows of z, for n samples.
+template <typename A>
+void lengths(const A* z, int64_t k, int64_t n, bool squared, A* out) {
+  std::fill_n(out, n, A(0));
+  for (int64_t j = 0; j < k; ++j)
+    for (int64_t b = 0; b < n; ++b) out[b] += z[j * n + b] * z[j * n + b];
+  if (squared) return;
+  constexpr A tiny = std::is_same_v<A, float> ? A(1e-30) : A(1e-290);
+  bool ordinary = true;
+  for (int64_t b = 0; b < n; ++b) ordinary &= out[b] > tiny && out[b] < 1 / tiny;
+  if (ordinary)
+    for (int64_t b = 0; b < n; ++b) out[b] = std::sqrt(out[b]);
+  else
+    for (int64_t b = 0; b < n; ++b) out[b] = careful_length(z + b, k, n);
+}
+
+// Zᵀ of a block of classes and samples: û's scale put in, padding cleared.
 template <typename T>
-void forward(const Features<T>& u, const Bases<T>& s, Options opt, T* logits, T* projections) {
+void finish_projections(Acc<T>* z, const UnitRows<T>& u, const Bases<T>& s, Range c, Range b) {
+  for (int64_t i = c.begin; i < c.end; ++i)
+    for (int64_t j = 0; j < s.k; ++j, z += b.size()) {
+      if (j >= s.dim(i)) std::fill_n(z, b.size(), Acc<T>(0));
+      if (!u.scale.empty())
+        for (int64_t n = 0; n < b.size(); ++n) z[n] *= u.scale[b.begin + n];
+    }
+}
+
+// projections, if kept, are (C, k, B).
+template <typename T>
+void forward(const UnitRows<T>& u, const Bases<T>& s, Options opt, T* logits, T* projections) {
+  using A = Acc<T>;
   const int64_t B = u.rows.rows, per = classes_per_block(s.k);
-  const int64_t sample_blocks = blocks(B, kSampleBlock), class_blocks = blocks(s.C, per);
-  parallel_for(0, sample_blocks * class_blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> storage;
-    std::vector<Acc<T>> z(std::min(B, kSampleBlock) * std::min(per, s.C) * s.k);
+  const int64_t sample_blocks = ceil_div(B, kSampleBlock);
+  const PackedSamples<T> samples(u.rows);
+  parallel_for(0, sample_blocks * ceil_div(s.C, per), 1, [&](int64_t begin, int64_t end) {
+    Scratch rows, block;
+    A* z = block.get<A>((per * s.k + per) * std::min(B, kSampleBlock));
+    const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t c0 = task / sample_blocks * per, c1 = std::min(s.C, c0 + per);
-      const int64_t b0 = task % sample_blocks * kSampleBlock, b1 = std::min(B, b0 + kSampleBlock);
-      project(u, s, b0, b1, c0, c1, storage, z.data());
-      logits_of_block(z.data(), (c1 - c0) * s.k, u, s, opt, b0, b1, c0, c1, logits, projections);
+      const Range c = block_of(task / sample_blocks, per, {0, s.C});
+      const Range b = block_of(task % sample_blocks, kSampleBlock, {0, B});
+      const int64_t n = b.size();
+      A* value = z + c.size() * s.k * n;  // (classes, samples)
+      samples.project(s.rows(c.begin, c.end, rows), task % sample_blocks, z);
+      finish_projections(z, u, s, c, b);
+      for (int64_t i = 0; i < c.size(); ++i)
+        lengths(z + i * s.k * n, s.k, n, opt.squared, value + i * n);
+      for (int64_t m = 0; m < n; ++m)
+        for (int64_t i = 0; i < c.size(); ++i)
+          logits[(b.begin + m) * s.C + c.begin + i] = T(A(opt.gamma) * value[i * n + m]);
+      if (projections)
+        for (int64_t r = 0; r < c.size() * s.k; ++r)
+          for (int64_t m = 0; m < n; ++m)
+            projections[(c.begin * s.k + r) * B + b.begin + m] = T(z[r * n + m]);
     }
   });
 }
 
-// Q in bf16 feeds the bf16 product; float16 would lose small gradients, so it stays in float32.
+// Q in bfloat16 feeds the bfloat16 product; float16 would lose small gradients: float32 there.
 template <typename T>
-using Weight = std::conditional_t<std::is_same_v<T, torch::headeronly::Half>, float, T>;
+using Weight = std::conditional_t<std::is_same_v<T, half>, float, T>;
 
-// Q block of the backward from z (with û's scale in it), times û's scale, so that ∂W = Qᵀ x'.
+// Qᵀ of the classes in `group`, (group·k × B), times û's scale, so that ∂W = Qᵀ x'.
 template <typename T>
-void weights_of_block(const Acc<T>* z, int64_t ldz, const Features<T>& u, const Bases<T>& s,
-                      Options opt, Matrix<T> grad, int64_t b0, int64_t b1, int64_t c0, int64_t c1,
-                      Weight<T>* q, int64_t ldq) {
+void weights(const UnitRows<T>& u, const Bases<T>& s, Options opt, Matrix<T> grad,
+             const T* projections, const PackedSamples<T>* samples, Range group, Weight<T>* q) {
   using A = Acc<T>;
-  for (int64_t b = b0; b < b1; ++b)
-    for (int64_t c = c0; c < c1; ++c) {
-      const A* zc = z + (b - b0) * ldz + (c - c0) * s.k;
-      Weight<T>* out = q + (b - b0) * ldq + (c - c0) * s.k;
-      const A g = A(opt.gamma) * A(grad.data[b * grad.row_stride + c * grad.col_stride]) *
-                  (opt.normalize ? u.scale[b] : A(1));
-      const int64_t dim = s.dim(c);
-      const A n = opt.squared ? A(0.5) : length(zc, dim);
-      for (int64_t j = 0; j < s.k; ++j)
-        out[j] = Weight<T>(j < dim && n != 0 ? g * (zc[j] / n) : A(0));
-    }
-}
-
-// Q of the classes [c0, c1) and all samples, (B × (c1 − c0)·k).
-template <typename T>
-void weights(const Features<T>& u, const Bases<T>& s, Options opt, Matrix<T> grad,
-             const T* projections, int64_t c0, int64_t c1, Weight<T>* q) {
-  const int64_t B = u.rows.rows, per = classes_per_block(s.k), ldq = (c1 - c0) * s.k;
-  const int64_t sample_blocks = blocks(B, kSampleBlock), class_blocks = blocks(c1 - c0, per);
-  parallel_for(0, sample_blocks * class_blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> storage;
-    std::vector<Acc<T>> z(std::min(B, kSampleBlock) * std::min(per, c1 - c0) * s.k);
+  const int64_t B = u.rows.rows, per = classes_per_block(s.k);
+  const int64_t sample_blocks = ceil_div(B, kSampleBlock);
+  parallel_for(0, sample_blocks * ceil_div(group.size(), per), 1, [&](int64_t begin, int64_t end) {
+    Scratch rows, block;
+    const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t p0 = c0 + task / sample_blocks * per, p1 = std::min(c1, p0 + per);
-      const int64_t b0 = task % sample_blocks * kSampleBlock, b1 = std::min(B, b0 + kSampleBlock);
-      const int64_t ldz = (p1 - p0) * s.k;
+      const Range c = block_of(task / sample_blocks, per, group);
+      const Range b = block_of(task % sample_blocks, kSampleBlock, {0, B});
+      const int64_t n = b.size();
+      A* z = block.get<A>(((per + 1) * s.k + per + 1) * n);
+      A* g = z + c.size() * s.k * n;  // (classes, samples)
+      A* length = g + c.size() * n;
       if (projections) {
-        for (int64_t b = b0; b < b1; ++b)
-          for (int64_t i = 0; i < ldz; ++i)
-            z[(b - b0) * ldz + i] = Acc<T>(projections[(b * s.C + p0) * s.k + i]);
+        for (int64_t r = 0; r < c.size() * s.k; ++r)
+          for (int64_t m = 0; m < n; ++m)
+            z[r * n + m] = A(projections[(c.begin * s.k + r) * B + b.begin + m]);
       } else {
-        project(u, s, b0, b1, p0, p1, storage, z.data());
-        if (opt.normalize)
-          for (int64_t b = b0; b < b1; ++b)
-            for (int64_t i = 0; i < ldz; ++i) z[(b - b0) * ldz + i] *= u.scale[b];
+        samples->project(s.rows(c.begin, c.end, rows), task % sample_blocks, z);
+        finish_projections(z, u, s, c, b);
       }
-      weights_of_block<T>(z.data(), ldz, u, s, opt, grad, b0, b1, p0, p1,
-                          q + b0 * ldq + (p0 - c0) * s.k, ldq);
+      for (int64_t m = 0; m < n; ++m) {
+        const T* from = grad.at(b.begin + m, c.begin);
+        const A factor = A(opt.gamma) * (opt.normalize ? u.scale[b.begin + m] : A(1));
+        for (int64_t i = 0; i < c.size(); ++i) g[i * n + m] = factor * A(from[i * grad.col_stride]);
+      }
+      for (int64_t i = 0; i < c.size(); ++i) {
+        const A* zi = z + i * s.k * n;
+        A* gi = g + i * n;
+        if (opt.squared)
+          std::fill_n(length, n, A(0.5));
+        else
+          lengths(zi, s.k, n, false, length);
+        for (int64_t j = 0; j < s.k; ++j) {
+          Weight<T>* out = q + ((c.begin - group.begin + i) * s.k + j) * B + b.begin;
+          for (int64_t m = 0; m < n; ++m)  // a zero projection has no direction: q = 0
+            out[m] = Weight<T>(length[m] == 0 ? A(0) : gi[m] * (zi[j * n + m] / length[m]));
+        }
+      }
     }
   });
 }
@@ -225,56 +204,59 @@ struct BasesGradient {
   int64_t stride_c, stride_d, stride_k;
 };
 
-// ∂W = Qᵀ x' for the classes [c0, c1).
+// ∂W = Qᵀ x' for the classes of the group.
 template <typename T>
-void bases_gradient(const Features<T>& u, const Bases<T>& s, Matrix<Weight<T>> q, int64_t c0,
-                    int64_t c1, BasesGradient<T> out) {
+void bases_gradient(Matrix<T> u, const Bases<T>& s, const Weight<T>* q, Range group,
+                    BasesGradient<T> out) {
   using A = Acc<T>;
-  const int64_t per = classes_per_block(s.k);
+  const int64_t B = u.rows, per = classes_per_block(s.k);
   const bool in_place =
       std::is_same_v<T, A> && out.stride_d == 1 && out.stride_c == s.k * out.stride_k;
-  parallel_for(0, blocks(c1 - c0, per), 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> block(in_place ? 0 : std::min(per, c1 - c0) * s.k * s.D);
+  Scratch packed;
+  const PackedRight<T> right(
+      u, packed.get<typename PackedRight<T>::Packed>(PackedRight<T>::size(u.rows, u.cols)));
+  parallel_for(0, ceil_div(group.size(), per), 1, [&](int64_t begin, int64_t end) {
+    Scratch block;
+    const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t p0 = c0 + task * per, p1 = std::min(c1, p0 + per), rows = (p1 - p0) * s.k;
-      const auto left = q.block(0, (p0 - c0) * s.k, q.rows, rows).transposed();
+      const Range c = block_of(task, per, group);
+      const auto left = row_major(q + (c.begin - group.begin) * s.k * B, c.size() * s.k, B);
       if constexpr (std::is_same_v<T, A>) {
         if (in_place) {
-          gemm(left, u.rows, out.data + p0 * out.stride_c, out.stride_k);
+          gemm(left, right, out.data + c.begin * out.stride_c, s.D);
           continue;
         }
       }
-      gemm(left, u.rows, block.data(), s.D);
-      for (int64_t c = p0; c < p1; ++c)
-        for (int64_t j = 0; j < s.k; ++j) {
-          const A* from = block.data() + ((c - p0) * s.k + j) * s.D;
-          T* to = out.data + c * out.stride_c + j * out.stride_k;
-          for (int64_t d = 0; d < s.D; ++d) to[d * out.stride_d] = T(from[d]);
-        }
+      A* rows = block.get<A>(left.rows * s.D);
+      gemm(left, right, rows, s.D);
+      for (int64_t r = 0; r < left.rows; ++r, rows += s.D) {
+        T* to = out.data + (c.begin + r / s.k) * out.stride_c + r % s.k * out.stride_k;
+        for (int64_t d = 0; d < s.D; ++d) to[d * out.stride_d] = T(rows[d]);
+      }
     }
   });
 }
 
-// ∂Û (+)= Q W over the classes [c0, c1), times û's scale.
+// ∂Û (+)= Q W over the classes of the group, times û's scale.
 template <typename T>
-void features_gradient(const Bases<T>& s, Matrix<Weight<T>> q, int64_t c0, int64_t c1, Acc<T>* out,
+void features_gradient(const Bases<T>& s, const Weight<T>* q, int64_t B, Range group, Acc<T>* out,
                        bool accumulate) {
-  const int64_t B = q.rows, per = classes_per_block(s.k);
-  const int64_t sample_blocks = blocks(B, kSampleBlock), columns = blocks(s.D, kFeatureBlock);
-  const bool whole = !s.dims && s.stride_c == s.k * s.stride_k;
-  const int64_t step = whole ? c1 - c0 : per;
-  parallel_for(0, sample_blocks * columns, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> storage;
+  const int64_t sample_blocks = ceil_div(B, kSampleBlock);
+  const int64_t step = s.is_matrix() ? group.size() : classes_per_block(s.k);
+  parallel_for(0, sample_blocks * ceil_div(s.D, kFeatureBlock), 1, [&](int64_t begin, int64_t end) {
+    Scratch rows;
+    const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t d0 = task / sample_blocks * kFeatureBlock,
-                    d1 = std::min(s.D, d0 + kFeatureBlock);
-      const int64_t b0 = task % sample_blocks * kSampleBlock, b1 = std::min(B, b0 + kSampleBlock);
-      Bases<T> columns_of = s;
-      columns_of.data += d0 * s.stride_d, columns_of.D = d1 - d0;
-      for (int64_t p0 = c0; p0 < c1; p0 += step) {
-        const int64_t p1 = std::min(c1, p0 + step);
-        gemm(q.block(b0, (p0 - c0) * s.k, b1 - b0, (p1 - p0) * s.k),
-             columns_of.rows(p0, p1, storage), out + b0 * s.D + d0, s.D, accumulate || p0 > c0);
+      const Range d = block_of(task / sample_blocks, kFeatureBlock, {0, s.D});
+      const Range b = block_of(task % sample_blocks, kSampleBlock, {0, B});
+      Bases<T> columns = s;
+      columns.data += d.begin * s.stride_d, columns.D = d.size();
+      for (Range c{group.begin, group.begin}; c.end < group.end;) {
+        c = {c.end, std::min(c.end + step, group.end)};
+        const auto qt = row_major(q + (c.begin - group.begin) * s.k * B, c.size() * s.k, B);
+        gemm(qt.block(0, b.begin, qt.rows, b.size()).transposed(),
+             columns.rows(c.begin, c.end, rows), out + b.begin * s.D + d.begin, s.D,
+             accumulate || c.begin > group.begin);
       }
     }
   });
@@ -282,18 +264,17 @@ void features_gradient(const Bases<T>& s, Matrix<Weight<T>> q, int64_t c0, int64
 
 // ∂x = (∂û − û⟨û, ∂û⟩)/‖x‖, from ∂û times û's scale.
 template <typename T>
-void through_normalization(const Features<T>& u, const Acc<T>* scaled, T* out) {
+void through_normalization(const UnitRows<T>& u, const Acc<T>* scaled, T* out) {
   using A = Acc<T>;
   const int64_t D = u.rows.cols;
   parallel_for(0, u.rows.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const T* x = u.rows.data + b * D;  // û = scale · x'
+      const T* x = u.rows.at(b, 0);  // û = scale · x'
       const A* g = scaled + b * D;
-      const A scale = u.scale[b];
+      const A scale = u.scale[b], factor = scale == 0 ? A(0) : u.inverse[b] / scale;
       A radial = 0;
       if (!u.inside[b])
         for (int64_t d = 0; d < D; ++d) radial += A(x[d]) * g[d];
-      const A factor = scale == 0 ? A(0) : u.inverse[b] / scale;
       for (int64_t d = 0; d < D; ++d)
         out[b * D + d] = T((g[d] - scale * scale * A(x[d]) * radial) * factor);
     }
@@ -301,44 +282,34 @@ void through_normalization(const Features<T>& u, const Acc<T>* scaled, T* out) {
 }
 
 template <typename T>
-void backward(Matrix<T> grad, const Features<T>& u, const Bases<T>& s, Options opt,
+void backward(Matrix<T> grad, const UnitRows<T>& u, const Bases<T>& s, Options opt,
               const T* projections, T* grad_x, BasesGradient<T> grad_bases) {
   using A = Acc<T>;
   const int64_t B = u.rows.rows, per = classes_per_block(s.k);
-  const int64_t bytes = std::max<int64_t>(1, B * s.k * int64_t(sizeof(Weight<T>)));
-  const int64_t group = std::max<int64_t>(1, std::min(s.C, kGroupBytes / bytes / per * per));
-  std::vector<Weight<T>> q(B * std::min(group, s.C) * s.k);
+  const int64_t bytes = std::max<int64_t>(1, per * s.k * B * int64_t(sizeof(Weight<T>)));
+  const int64_t group_size = std::min(s.C, per * std::max<int64_t>(1, kGroupBytes / bytes));
+  Scratch storage, sum_storage;
+  Weight<T>* q = storage.get<Weight<T>>(group_size * s.k * B);
   const bool in_place = std::is_same_v<T, A> && !opt.normalize;
-  std::vector<A> sums(in_place ? 0 : B * s.D);
-  A* out = sums.data();
+  A* sums = in_place ? nullptr : sum_storage.get<A>(B * s.D);
   if constexpr (std::is_same_v<T, A>)
-    if (in_place) out = grad_x;
-  if (s.C == 0) std::fill(out, out + B * s.D, A(0));
-  for (int64_t c0 = 0; c0 < s.C; c0 += group) {
-    const int64_t c1 = std::min(s.C, c0 + group), n = (c1 - c0) * s.k;
-    weights(u, s, opt, grad, projections, c0, c1, q.data());
-    const Matrix<Weight<T>> block{q.data(), B, n, n, 1};
-    bases_gradient(u, s, block, c0, c1, grad_bases);
-    features_gradient(s, block, c0, c1, out, c0 > 0);
+    if (in_place) sums = grad_x;
+  std::optional<PackedSamples<T>> samples;
+  if (!projections) samples.emplace(u.rows);
+  for (Range group{0, 0}; group.end < s.C;) {
+    group = {group.end, std::min(group.end + group_size, s.C)};
+    weights(u, s, opt, grad, projections, samples ? &*samples : nullptr, group, q);
+    bases_gradient(u.rows, s, q, group, grad_bases);
+    features_gradient(s, q, B, group, sums, group.begin > 0);
   }
+  if (s.C == 0) std::fill_n(sums, B * s.D, A(0));
   if (opt.normalize)
-    through_normalization(u, out, grad_x);
+    through_normalization(u, sums, grad_x);
   else if (!in_place)
-    for (int64_t i = 0; i < B * s.D; ++i) grad_x[i] = T(out[i]);
+    for (int64_t i = 0; i < B * s.D; ++i) grad_x[i] = T(sums[i]);
 }
 
 // ---- registration -------------------------------------------------------------------------------
-
-template <typename T>
-Matrix<T> matrix(const Tensor& t) {
-  return {data<T>(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
-
-template <typename T>
-Bases<T> bases_of(const Tensor& bases, const std::optional<Tensor>& dims) {
-  return {data<T>(bases),  bases.size(0),   bases.size(1),   bases.size(2),
-          bases.stride(0), bases.stride(1), bases.stride(2), dims ? data<int64_t>(*dims) : nullptr};
-}
 
 void check(const Tensor& x, const Tensor& bases, const std::optional<Tensor>& dims) {
   STD_TORCH_CHECK(x.dim() == 2 && bases.dim() == 3 && x.size(1) == bases.size(1),
@@ -354,13 +325,12 @@ std::tuple<Tensor, Tensor> subspace_logits(const Tensor& x, const Tensor& bases,
                                            bool squared, bool normalize, double eps, bool save) {
   check(x, bases, dims);
   const int64_t B = x.size(0), C = bases.size(0), k = bases.size(2);
-  Tensor logits = torch::stable::new_empty(x, {B, C});
-  Tensor projections =
-      save ? torch::stable::new_empty(x, {B, C, k}) : torch::stable::new_empty(x, {0});
+  Tensor logits = new_result(x, {B, C});
+  Tensor projections = save ? new_result(x, {C, k, B}) : new_result(x, {0});
   with_float(x, [&](auto type) {
     using T = decltype(type);
-    const Options opt{gamma, squared, normalize, eps};
-    forward<T>({matrix<T>(x), opt}, bases_of<T>(bases, dims), opt, mutable_data<T>(logits),
+    forward<T>({matrix<T>(x), normalize, eps}, bases_of<T>(bases, dims),
+               {gamma, squared, normalize, eps}, mutable_data<T>(logits),
                save ? mutable_data<T>(projections) : nullptr);
   });
   return {logits, projections};
@@ -372,25 +342,23 @@ std::tuple<Tensor, Tensor> subspace_logits_backward(const Tensor& grad, const Te
                                                     const Tensor& projections, double gamma,
                                                     bool squared, bool normalize, double eps) {
   check(x, bases, dims);
-  const int64_t C = bases.size(0), D = bases.size(1), k = bases.size(2);
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == C &&
+  const int64_t B = x.size(0), C = bases.size(0), D = bases.size(1), k = bases.size(2);
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == B && grad.size(1) == C &&
                       grad.scalar_type() == x.scalar_type(),
                   "subspace_logits_backward: grad must be (B, C) in the dtype of x");
   const bool saved = projections.dim() == 3;
-  STD_TORCH_CHECK(
-      !saved || (projections.numel() == x.size(0) * C * k && projections.is_contiguous()),
-      "subspace_logits_backward: projections must be (B, C, k)");
-  // The layout of the product where the bases have it, see gradient_like in the public function.
+  STD_TORCH_CHECK(!saved || (projections.numel() == C * k * B && projections.is_contiguous()),
+                  "subspace_logits_backward: projections must be (C, k, B)");
+  // The layout of the product where the bases have it: gradient_like of the public function.
   const bool transposed = bases.stride(1) == 1;
-  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), D});
-  Tensor grad_bases =
-      transposed ? torch::stable::transpose(torch::stable::new_empty(bases, {C, k, D}), 1, 2)
-                 : torch::stable::new_empty(bases, {C, D, k});
+  Tensor grad_x = new_result(x, {B, D});
+  Tensor grad_bases = transposed ? torch::stable::transpose(new_result(bases, {C, k, D}), 1, 2)
+                                 : new_result(bases, {C, D, k});
   with_float(x, [&](auto type) {
     using T = decltype(type);
-    const Options opt{gamma, squared, normalize, eps};
-    backward<T>(matrix<T>(grad), {matrix<T>(x), opt}, bases_of<T>(bases, dims), opt,
-                saved ? data<T>(projections) : nullptr, mutable_data<T>(grad_x),
+    backward<T>(matrix<T>(grad), {matrix<T>(x), normalize, eps}, bases_of<T>(bases, dims),
+                {gamma, squared, normalize, eps}, saved ? data<T>(projections) : nullptr,
+                mutable_data<T>(grad_x),
                 {mutable_data<T>(grad_bases), k * D, transposed ? 1 : k, transposed ? D : 1});
   });
   return {grad_x, grad_bases};

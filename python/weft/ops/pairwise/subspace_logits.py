@@ -111,14 +111,15 @@ def gradient_like(bases: Tensor) -> Tensor:
 
 
 def _fake(x, bases, dims, gamma, squared, normalize, eps, save):
+    """The projections z, which the backward reads, are (C, k, B): a norm is a sum over k rows."""
     (B, _), (C, _, k) = x.shape, bases.shape
-    return x.new_empty(B, C), x.new_empty((B, C, k) if save else (0,))
+    return x.new_empty(B, C), x.new_empty((C, k, B) if save else (0,))
 
 
 def _reference(x, bases, dims, gamma, squared, normalize, eps, save):
     z = formula.subspace_projections(x, bases, dims, normalize, eps)
     logits = formula.logits_of_projections(z, gamma, squared).to(x.dtype)
-    projections = z.to(x.dtype) if save else x.new_empty(0)
+    projections = z.to(x.dtype).permute(1, 2, 0) if save else x.new_empty(0)
     return logits.contiguous(), projections.contiguous()
 
 
