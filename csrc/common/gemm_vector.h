@@ -137,38 +137,34 @@ struct VectorProduct {
       a += rows_adjacent ? t.a_stride : 1;
       b += t.b_stride;
     };
-    // Four steps at a time, one memory line asked for in between: first those of C, then the
+    // Between every four steps of k a line of memory is asked for: first those of C, then the
     // region that the caller wants next.
-    Prefetch prefetch = *t.prefetch;
-    const int64_t groups = t.depth / 4;
-    const T* line = t.c;
-    for (int64_t g = 0; g < groups; ++g) {
-      if (g < H) {
-        __builtin_prefetch(line, 1, 3);
-        __builtin_prefetch(line + V * W - 1, 1, 3);
-        line += t.ldc;
-      } else {
-        prefetch.next();
+    Prefetch lines(t.c, V * W * int64_t(sizeof(T)), H, t.ldc * int64_t(sizeof(T)));
+    bool own = true;
+    for (int64_t k = t.depth / 4; k > 0; --k) {
+      if (!lines.next() && own) {
+        lines = *t.prefetch;
+        own = false;
       }
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s) step();
     }
-    for (int64_t p = 4 * groups; p < t.depth; ++p) step();
-    *t.prefetch = prefetch;
+    for (int64_t k = t.depth % 4; k > 0; --k) step();
+    if (!own) *t.prefetch = lines;
 
+    const int64_t n = t.last_columns;
     T* c = t.c;
+    if (t.accumulate) {
 #pragma GCC unroll 16
-    for (int i = 0; i < H; ++i, c += t.ldc) {
-      if (t.last_columns == W) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v)
-          (t.accumulate ? Vec<T>::load(c + v * W) + sum[i][v] : sum[i][v]).store(c + v * W);
-      } else {
-        if constexpr (V == 2) (t.accumulate ? Vec<T>::load(c) + sum[i][0] : sum[i][0]).store(c);
-        T* last = c + (V - 1) * W;
-        const Vec<T> s = sum[i][V - 1];
-        (t.accumulate ? Vec<T>::load(last, t.last_columns) + s : s).store(last, t.last_columns);
+      for (int i = 0; i < H; ++i) {
+        if constexpr (V == 2) sum[i][0] += Vec<T>::load(c + i * t.ldc);
+        sum[i][V - 1] += Vec<T>::load(c + i * t.ldc + (V - 1) * W, n);
       }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < H; ++i) {
+      if constexpr (V == 2) sum[i][0].store(c + i * t.ldc);
+      sum[i][V - 1].store(c + i * t.ldc + (V - 1) * W, n);
     }
   }
 

@@ -42,8 +42,9 @@ class Prefetch {
         jump_(stride_bytes - 64 * per_row_) {}
 
   int64_t lines() const { return rows_ * per_row_; }
-  void next() {
-    if (rows_ <= 0) return;
+  // Asks for the next line; false once there is none.
+  bool next() {
+    if (rows_ <= 0) return false;
     __builtin_prefetch(line_, 0, 2);
     line_ += 64;
     if (--column_ == 0) {
@@ -51,6 +52,7 @@ class Prefetch {
       line_ += jump_;
       --rows_;
     }
+    return true;
   }
 
  private:

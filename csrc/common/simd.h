@@ -295,6 +295,29 @@ template <>
 inline void VecD::store(double* p, int64_t n) const {
   _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), v);
 }
+#elif defined(__AVX2__)
+inline __m256i first_lanes_float(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_lanes_double(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <>
+inline VecF VecF::load(const float* p, int64_t n) {
+  return VecF(_mm256_maskload_ps(p, first_lanes_float(n)));
+}
+template <>
+inline VecD VecD::load(const double* p, int64_t n) {
+  return VecD(_mm256_maskload_pd(p, first_lanes_double(n)));
+}
+template <>
+inline void VecF::store(float* p, int64_t n) const {
+  _mm256_maskstore_ps(p, first_lanes_float(n), v);
+}
+template <>
+inline void VecD::store(double* p, int64_t n) const {
+  _mm256_maskstore_pd(p, first_lanes_double(n), v);
+}
 #else
 template <typename T>
 Vec<T> Vec<T>::load(const T* p, int64_t n) {
