@@ -31,7 +31,9 @@ def check_float(**tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+            )
         if tensor.dtype != first.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}"

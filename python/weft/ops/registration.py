@@ -116,9 +116,7 @@ def register_gradient_by_reference(op: Op, formula: Callable, arguments: list[in
 
     def backward(ctx, *grads):
         tensors = iter(ctx.saved_tensors)
-        inputs = [
-            next(tensors) if t else v for t, v in zip(ctx.is_tensor, ctx.others, strict=True)
-        ]
+        inputs = [next(tensors) if t else v for t, v in zip(ctx.is_tensor, ctx.others, strict=True)]
 
         def of_differentiable(*values):
             full = list(inputs)
