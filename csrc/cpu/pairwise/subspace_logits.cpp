@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kSampleBlock = 256;
 constexpr int64_t kRowBlock = 256;  // rows of W, about: a block has whole classes
 constexpr int64_t kFeatureBlock = 256;
-constexpr int64_t kGroupBytes = 32 << 20;  // the buffer of Q
+constexpr int64_t kGroupBytes = 16 << 20;  // the buffer of Q
 
 struct Options {
   double gamma;

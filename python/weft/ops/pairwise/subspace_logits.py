@@ -20,7 +20,7 @@ from weft.reference.pairwise import subspace_logits as formula
 # The backward needs the projections z again. Up to this size they are kept by the forward, which
 # saves a fourth of the work of a training step; above it the backward recomputes them, so that the
 # memory an op takes beyond its results does not grow with B·C·k.
-SAVED_BYTES = 64 << 20
+SAVED_BYTES = 32 << 20
 
 
 def subspace_logits(
