@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -27,6 +27,7 @@ ISA_FLAGS = {
     "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
 }
 CPU_LEVELS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
+FOLDERS = ["triton_kernels", "benchmarks"]  # of the repository: packages inside weft, also in a wheel
 NO_TORCH = "torch is not in the build environment; use: pip install --no-build-isolation ."
 
 
@@ -140,5 +141,9 @@ def ninja_file(out):
     return "\n".join(lines) + "\n"
 
 
-# The name is only for the wheel's tag and for build_ext to run at all; NativeBuild decides what is built.
-setup(ext_modules=[Extension("weft._host", [])], cmdclass={"build_ext": NativeBuild})
+setup(
+    packages=find_packages("python") + [f"weft.{p}" for f in FOLDERS for p in find_packages(include=[f"{f}*"])],
+    package_dir={"": "python", **{f"weft.{folder}": folder for folder in FOLDERS}},
+    ext_modules=[Extension("weft._host", [])],  # only for the wheel's tag, and for build_ext to run at all
+    cmdclass={"build_ext": NativeBuild},
+)

@@ -1,0 +1,1 @@
+"""``python -m weft``: what runs here (no arguments), ``bench`` and ``demo``."""
