@@ -127,7 +127,7 @@ def ninja_file(out):
     host = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     library(f"_host{suffix}", "cxx", ROOT / "csrc/host", "*.cpp", host, "-shared")
-    if nvcc:
+    if nvcc and [*ROOT.glob("csrc/cuda/**/*.cu")]:
         codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_archs())
         lines.append(
             f"rule nvcc\n  command = {nvcc} -ccbin {cxx} -MD -MF $out.d -std=c++20 -O3 {codes} "
