@@ -29,7 +29,7 @@ struct AmxProduct {
   static constexpr int64_t depth_unit = 32;
   static constexpr int64_t tile_elements = 512;
   static constexpr int64_t block_panels = 8;
-  static constexpr int64_t block_depth = 1024;
+  static constexpr int64_t block_depth = 2048;
   static constexpr int64_t block_columns = 2048;
 
   // The tile configuration, from the outermost Session of a thread to its end. A kernel that makes
@@ -163,10 +163,19 @@ struct AmxProduct {
       if constexpr (M == 2) _tile_zero(2);
       if constexpr (M == 2 && N == 2) _tile_zero(3);
     }
+    // Memory is asked for between the multiplications: the lines of C, which are written at the
+    // end, a share at each step, and four lines of the region that the caller wants next.
     Prefetch prefetch = walk;
+    float* own = c;
+    const int64_t rows_per_step = ceil_div(16 * M, steps);
     for (int64_t s = 0; s < steps; ++s) {
-      prefetch.next();
-      prefetch.next();
+      for (int64_t end = std::min<int64_t>((s + 1) * rows_per_step, 16 * M), r = s * rows_per_step;
+           r < end; ++r, own += ldc) {
+        __builtin_prefetch(own, 1, 3);
+        if constexpr (N == 2) __builtin_prefetch(own + 16, 1, 3);
+      }
+      for (int line = 0; line < 4 && prefetch.next(); ++line) {
+      }
       _tile_loadd(6, b, 64);
       _tile_loadd(4, a.data, a.row_bytes);
       _tile_dpbf16ps(0, 4, 6);

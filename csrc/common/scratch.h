@@ -35,7 +35,7 @@ class Scratch {
     std::free(data_);
     data_ = nullptr;
     capacity_ = 0;
-    const int64_t alignment = bytes >= kHugePage ? kHugePage : kPage;
+    const int64_t alignment = bytes >= kHugePage / 4 ? kHugePage : kPage;
     bytes = round_up(bytes, alignment);
     data_ = std::aligned_alloc(size_t(alignment), size_t(bytes));
     if (!data_) throw std::bad_alloc();

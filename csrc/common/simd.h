@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "common/types.h"
 #if defined(__AVX2__)
@@ -188,14 +189,16 @@ Mask<T> is_nan(Vec<T> a) {
 // ---- a b + c with one rounding where the processor has it; min, max, sqrt, abs ----
 
 #if defined(__AVX512F__)
+// The zero-masked forms, with every lane on, are the same instructions; of the plain ones gcc 12
+// warns that they read an uninitialised register.
 inline VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline VecD fma(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
-inline VecF sqrt(VecF a) { return _mm512_sqrt_ps(a.v); }
-inline VecD sqrt(VecD a) { return _mm512_sqrt_pd(a.v); }
-inline VecF min(VecF a, VecF b) { return _mm512_min_ps(a.v, b.v); }
-inline VecD min(VecD a, VecD b) { return _mm512_min_pd(a.v, b.v); }
-inline VecF max(VecF a, VecF b) { return _mm512_max_ps(a.v, b.v); }
-inline VecD max(VecD a, VecD b) { return _mm512_max_pd(a.v, b.v); }
+inline VecF sqrt(VecF a) { return _mm512_maskz_sqrt_ps(0xffff, a.v); }
+inline VecD sqrt(VecD a) { return _mm512_maskz_sqrt_pd(0xff, a.v); }
+inline VecF min(VecF a, VecF b) { return _mm512_maskz_min_ps(0xffff, a.v, b.v); }
+inline VecD min(VecD a, VecD b) { return _mm512_maskz_min_pd(0xff, a.v, b.v); }
+inline VecF max(VecF a, VecF b) { return _mm512_maskz_max_ps(0xffff, a.v, b.v); }
+inline VecD max(VecD a, VecD b) { return _mm512_maskz_max_pd(0xff, a.v, b.v); }
 #elif defined(__AVX2__)
 inline VecF fma(VecF a, VecF b, VecF c) { return VecF(_mm256_fmadd_ps(a.v, b.v, c.v)); }
 inline VecD fma(VecD a, VecD b, VecD c) { return VecD(_mm256_fmadd_pd(a.v, b.v, c.v)); }
@@ -248,31 +251,32 @@ Vec<T> copy_sign(Vec<T> magnitude, Vec<T> sign) {
 
 // ---- across the lanes, halving: the order, and so the bits, never change ----
 
-template <typename T, typename F>
-T fold(Vec<T> a, F f) {
-  alignas(kVectorBytes) T lane[Vec<T>::size];
-  a.store(lane);
-  for (int width = Vec<T>::size / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = f(lane[i], lane[i + width]);
-  return lane[0];
+template <typename T, int distance, int... lane>
+inline Vec<T> rotate_lanes(Vec<T> a, std::integer_sequence<int, lane...>) {
+  return Vec<T>(__builtin_shufflevector(a.v, a.v, ((lane + distance) % Vec<T>::size)...));
 }
-#if defined(__AVX512F__)
-inline float reduce_sum(VecF a) { return _mm512_reduce_add_ps(a.v); }
-inline double reduce_sum(VecD a) { return _mm512_reduce_add_pd(a.v); }
-#else
+template <typename T, int distance = Vec<T>::size / 2, typename F>
+inline T fold(Vec<T> a, F f) {
+  constexpr auto lanes = std::make_integer_sequence<int, Vec<T>::size>{};
+  a = f(a, rotate_lanes<T, distance>(a, lanes));
+  if constexpr (distance > 1) {
+    return fold<T, distance / 2>(a, f);
+  } else {
+    return a.v[0];
+  }
+}
 template <typename T>
 T reduce_sum(Vec<T> a) {
-  return fold(a, [](T x, T y) { return x + y; });
+  return fold(a, [](Vec<T> x, Vec<T> y) { return x + y; });
 }
-#endif
 // NaN if any lane is.
 template <typename T>
 T reduce_max(Vec<T> a) {
-  return fold(a, [](T x, T y) { return x != x || x > y ? x : y; });
+  return fold(a, [](Vec<T> x, Vec<T> y) { return maximum(x, y); });
 }
 template <typename T>
 T reduce_min(Vec<T> a) {
-  return fold(a, [](T x, T y) { return x != x || x < y ? x : y; });
+  return fold(a, [](Vec<T> x, Vec<T> y) { return minimum(x, y); });
 }
 
 // ---- parts of a vector ----
@@ -349,8 +353,8 @@ inline VecF VecF::load(const bfloat16* p) {
 }
 template <>
 inline void VecF::store(bfloat16* p) const {
-  const __m512i u = _mm512_srli_epi32((__m512i)rounded_to_bfloat16(*this), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(u));
+  const __m512i u = _mm512_maskz_srli_epi32(0xffff, (__m512i)rounded_to_bfloat16(*this), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, u));
 }
 template <>
 inline VecF VecF::load(const half* p) {
@@ -358,8 +362,9 @@ inline VecF VecF::load(const half* p) {
 }
 template <>
 inline void VecF::store(half* p) const {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__AVX2__)
 template <>

@@ -1,0 +1,79 @@
+// What this core can do at most, measured: the rate of multiply-adds between registers, of AMX
+// bfloat16 products, and of copying memory. Benchmarks give their results as a fraction of these.
+#pragma once
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "common/gemm.h"
+#include "common/simd.h"
+
+namespace weft {
+
+// Seconds of one call of f, at least.
+template <typename F>
+inline double fastest(int repeats, F f) {
+  double best = 1e30;
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+    best = std::min(best, time.count());
+  }
+  return best;
+}
+
+// Operations per second of fma, two for each lane. Enough chains to hide the latency.
+template <typename T>
+inline double fma_rate() {
+  constexpr int kChains = kVectorBytes == 64 ? 24 : 12;
+  constexpr int64_t kSteps = 100000;
+  Vec<T> sum[kChains];
+  const Vec<T> factor(T(1)), term(T(1e-9));
+  const double seconds = fastest(5, [&] {
+    for (int64_t i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 24
+      for (int j = 0; j < kChains; ++j) sum[j] = fma(sum[j], factor, term);
+    }
+  });
+  Vec<T> total;
+  for (auto& s : sum) total += s;
+  volatile T kept = reduce_sum(total);
+  (void)kept;
+  return 2.0 * kSteps * kChains * Vec<T>::size / seconds;
+}
+
+// Operations per second of AMX bfloat16 products; 0 where there are none.
+inline double amx_bfloat16_rate() {
+#if defined(__AMX_BF16__)
+  constexpr int64_t kSteps = 50000;
+  const ProductSession<bfloat16> session;
+  alignas(64) static const bfloat16 zeros[512] = {};
+  _tile_loadd(4, zeros, 64);
+  _tile_loadd(5, zeros, 64);
+  _tile_loadd(6, zeros, 64);
+  _tile_loadd(7, zeros, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const double seconds = fastest(5, [] {
+    for (int64_t i = 0; i < kSteps; ++i) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  });
+  return 2.0 * kSteps * 4 * 16 * 16 * 32 / seconds;
+#else
+  return 0.0;
+#endif
+}
+
+// Bytes per second read plus written by one core copying `bytes` (take more than the caches hold).
+inline double copy_bandwidth(const void* from, void* to, int64_t bytes) {
+  return 2.0 * double(bytes) / fastest(5, [&] { std::memcpy(to, from, size_t(bytes)); });
+}
+
+}  // namespace weft
