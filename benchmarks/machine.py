@@ -114,5 +114,20 @@ def measure_limits(device: str, dtypes: list[torch.dtype]) -> Limits:
 
 
 def inner_loop_rates() -> dict[torch.dtype, float]:
-    """FLOP/s of the multiply-add loops of the native library, by dtype; empty without it."""
-    return {}
+    """FLOP/s of multiply-adds between registers by dtype, one core's times the number of threads;
+    empty without the native library."""
+    if native.cpu_level is None:
+        return {}
+    fma = native.cpu_op("microkernel_fma_rate")
+    threads = torch.get_num_threads()
+    rates = {d: threads * fma(torch.empty(0, dtype=d)) for d in (torch.float32, torch.float64)}
+    amx = native.cpu_op("microkernel_amx_bfloat16_rate")(torch.empty(0))
+    if amx:
+        rates[torch.bfloat16] = threads * amx
+    return rates
+
+
+def is_busy(machine: dict) -> bool:
+    """Others run on this machine: its times are longer than they would be."""
+    processors = os.cpu_count() or 1
+    return machine["load"] is not None and machine["load"] > 1.25 * processors

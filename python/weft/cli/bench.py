@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from weft.benchmarks.harness import Row, Settings, run, save
+from weft.benchmarks.machine import is_busy
 from weft.benchmarks.providers import families, peers_of
 from weft.cli.console import Cell, Console, missing_extra
 
@@ -58,6 +59,12 @@ def show_machine(console: Console, report: dict) -> None:
         f"limits, measured now: copies {limits['copy_gb_per_s']:.1f} GB/s, "
         f"matrix products {rates} GFLOP/s"
     )
+    if is_busy(machine):
+        console.text(
+            f"The machine is busy (load {machine['load']}): expect longer times and little from "
+            "their ratios.",
+            "bad",
+        )
 
 
 def show_op(console: Console, op: str, rows: list[Row]) -> None:

@@ -37,8 +37,8 @@ def show_heads(console: Console, results: list[digits.Result]) -> None:
         f"1797 images of 8 x 8 (training 60%, validation 20%, test 20%). Both heads: backbone "
         f"64-{digits.HIDDEN}-{digits.FEATURES}, {digits.EPOCHS} epochs, batches of {digits.BATCH}, "
         f"momentum {digits.MOMENTUM}, weight decay {digits.WEIGHT_DECAY} (none on subspaces),\n"
-        f"one of {len(digits.RATES)} learning rates {digits.RATES} chosen on the validation split, "
-        f"then {len(digits.SEEDS)} seeds."
+        f"one of {len(digits.RATES)} learning rates {digits.RATES} chosen on the validation split "
+        f"with {len(digits.TUNING_SEEDS)} seeds, then {len(digits.SEEDS)} other seeds; one thread."
     )
     console.text()
     rows: list[tuple[Cell, ...]] = []
@@ -139,7 +139,7 @@ def draw(results: list[digits.Result], report: dict, out: Path) -> Path:
     middle.legend(title="mean over pairs, classes, seeds")
     speeds = [plain.median / ours.median for ours, plain in timed]
     names = [f"{ours.op}\n{ours.pass_}" for ours, _ in timed]
-    bars = right.barh(names, speeds, color=[BLUE if s >= 1 else ORANGE for s in speeds], height=0.6)
+    bars = right.barh(names, speeds, color=[GREEN if s >= 1 else GREY for s in speeds], height=0.6)
     bar_labels(right, bars, [f"{s:.2f}×" for s in speeds])
     right.axvline(1, color=INK, lw=1, ls=(0, (4, 3)))
     right.invert_yaxis()
