@@ -108,6 +108,8 @@ def draw(results: list[digits.Result], report: dict, out: Path) -> Path:
     """Accuracy by epoch, angles within a class, and the time of the ops, in one PNG."""
     from weft.benchmarks.plots import (
         BLUE,
+        GREEN,
+        GREY,
         INK,
         ORANGE,
         bar_labels,
@@ -139,7 +141,8 @@ def draw(results: list[digits.Result], report: dict, out: Path) -> Path:
     middle.legend(title="mean over pairs, classes, seeds")
     speeds = [plain.median / ours.median for ours, plain in timed]
     names = [f"{ours.op}\n{ours.pass_}" for ours, _ in timed]
-    bars = right.barh(names, speeds, color=[GREEN if s >= 1 else GREY for s in speeds], height=0.6)
+    fill = [GREEN if speed >= 1 else GREY for speed in speeds]
+    bars = right.barh(names, speeds, color=fill, height=0.6)
     bar_labels(right, bars, [f"{s:.2f}×" for s in speeds])
     right.axvline(1, color=INK, lw=1, ls=(0, (4, 3)))
     right.invert_yaxis()
