@@ -30,7 +30,7 @@ def embedded(rows, cols, dtype, layout, fill):
 
 
 def canaries(rows, cols, dtype, margin=3):
-    """A (rows, cols) view to write to, and a function that says whether its surroundings are untouched."""
+    """A (rows, cols) view to write to, and a function: is all around it untouched?"""
     buffer = torch.full((rows + 2, cols + 2 * margin), 7.0, dtype=dtype)
     view = buffer[1:-1, margin:-margin]
 
@@ -146,7 +146,7 @@ def every_float(step):
 
 
 def ulps(found, truth):
-    """The largest error in units of the last place of the float32 result; special values must agree."""
+    """The largest error in units in the last place of float32; special values must agree."""
     rounded = truth.to(F32)
     special = ~rounded.isfinite()
     assert torch.equal(found[special].nan_to_num(nan=1e30), rounded[special].nan_to_num(nan=1e30))
