@@ -89,12 +89,17 @@ def pinned() -> str | None:
     return _pin
 
 
-@torch._dynamo.disable(
-    reason="weft.use acts when an op runs: put it around the call of the compiled function"
-)
 def _set_pin(name: str | None) -> None:
     global _pin
     _pin = name
+
+
+# What torch.compiler.disable sets; calling that would import PyTorch's compiler, which takes longer
+# than all of weft.
+_set_pin._torchdynamo_disable = True
+_set_pin._torchdynamo_disable_msg = (
+    "weft.use acts when an op runs: put it around the call of the compiled function"
+)
 
 
 class use:
