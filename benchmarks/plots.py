@@ -104,5 +104,7 @@ def _plot_op(op: str, pass_: str, rows: list, note: str, folder: Path) -> Path:
             one.tick_params(axis="y", length=0)
             one.invert_yaxis()
             one.grid(axis="y", visible=False)
-        shares.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(providers))
+        handles, names = times.get_legend_handles_labels()
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+        shares.legend(handles, names, ncols=len(providers), **place)
     return save_figure(figure, folder / f"{op}.png", note)
