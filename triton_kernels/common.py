@@ -91,8 +91,9 @@ def configure(table: dict, device: torch.device, *shape_class) -> Config:
     card = architecture(device)
     if 120 <= card < 130:
         card = 89  # the shared memory and the matrix instructions of sm_89
-    known = max((key[0] for key in table if key[0] <= card), default=min(key[0] for key in table))
-    config = table[(known, *shape_class)]
+    known = [key[0] for key in table if key[1:] == shape_class]
+    entry = max((number for number in known if number <= card), default=min(known))
+    config = table[(entry, *shape_class)]
     if _largest_tile is None:
         return config
     tiles = {name: min(size, _largest_tile) for name, size in config.tiles.items()}
@@ -133,7 +134,12 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def float32_precision() -> str:
-    """Of the products of float32 tiles: "ieee", or "tf32" where PyTorch was told to use it."""
+    """Of the products of float32 tiles: "ieee", or "tf32" where PyTorch was told to use it.
+
+    What is recorded is the form with matrix instructions.
+    """
+    if _recording is not None:
+        return "tf32"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

@@ -83,8 +83,9 @@ def key_of(launch: common.Launch, architecture: int) -> tuple:
     """What decides the machine code."""
     from_source = source(launch)
     parts = (from_source.signature, from_source.constants, from_source.attrs)
-    return (launch.kernel.__name__, architecture, launch.config.num_warps,
-            launch.config.num_stages, *(tuple(sorted(map(str, p.items()))) for p in parts))  # fmt: skip
+    named = tuple(tuple(sorted(map(str, part.items()))) for part in parts)
+    options = (launch.config.num_warps, launch.config.num_stages)
+    return launch.kernel.__name__, architecture, *options, *named
 
 
 @functools.cache

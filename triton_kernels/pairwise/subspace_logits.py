@@ -6,11 +6,10 @@ Backward:         q_bc = γ g_bc z_bc/‖z_bc‖  or  2 γ g_bc z_bc,   ∂W = Q
 With the bases as the rows of W (C·k × D), and Z and Q as C·k × B, the work is three matrix
 products. Two plans:
 
-- fused: one kernel has a tile of whole classes, each padded to a power of two of rows, × a tile of
-  samples, sums over D with the matrix units, and takes the norms from the accumulator. Z is written
+- fused: one kernel has a tile of samples × a tile of whole classes, each padded to a power of two
+  of rows, sums over D with the matrix units, and takes the norms from the accumulator. Z is written
   only where the backward wants it.
-- chunked: Z by cuBLAS for a group of classes into a bounded buffer, then the norms. For float32,
-  whose products Triton does without matrix units, and for a k that padding would waste.
+- chunked: Z by cuBLAS for a group of classes into a bounded buffer, then the norms.
 
 The backward is chunked: Q is elementwise in Z, its two products are large and plain. Groups do not
 depend on anything but shapes, and no sum is atomic, so results repeat.
@@ -20,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from weft.triton_kernels.common import (
     Config,
     configure,
@@ -34,6 +34,7 @@ from weft.triton_kernels.pairwise.unit import unit, unit_backward
 
 GROUP_BYTES = 64 << 20  # of each buffer: Z, Q, and W or ∂W where they need another layout
 MOST_FUSED = 64  # padded rows of a class
+ONE_WAVE = 132 * 128 * 128  # projections
 
 
 def _tiles(n: int, b: int, d: int) -> dict[str, int]:
@@ -42,23 +43,19 @@ def _tiles(n: int, b: int, d: int) -> dict[str, int]:
 
 
 # (architecture, dtype class, shape class). Shared memory is at most 99 KB for 80, which serves 86,
-# 89 and 120 too, and 227 KB from 90 on.
+# 89 and 120 too, and 227 KB from 90 on. Larger tiles spill in the epilogue.
 TABLE = {
     (80, "half", "small_batch"): Config(_tiles(128, 32, 64), num_warps=4, num_stages=4),
-    (80, "half", "few_tiles"): Config(_tiles(128, 64, 64), num_warps=4, num_stages=3),
-    (80, "half", "many_tiles"): Config(_tiles(128, 128, 32), num_warps=8, num_stages=4),
+    (80, "half", "large_batch"): Config(_tiles(128, 128, 32), num_warps=8, num_stages=4),
     (80, "float", "small_batch"): Config(_tiles(64, 32, 32), num_warps=4, num_stages=3),
-    (80, "float", "few_tiles"): Config(_tiles(64, 64, 32), num_warps=8, num_stages=3),
-    (80, "float", "many_tiles"): Config(_tiles(64, 128, 32), num_warps=8, num_stages=3),
+    (80, "float", "large_batch"): Config(_tiles(64, 64, 32), num_warps=4, num_stages=3),
     (90, "half", "small_batch"): Config(_tiles(128, 64, 64), num_warps=4, num_stages=5),
-    (90, "half", "few_tiles"): Config(_tiles(128, 128, 64), num_warps=8, num_stages=4),
-    (90, "half", "many_tiles"): Config(_tiles(128, 256, 64), num_warps=8, num_stages=3),
+    (90, "half", "large_batch"): Config(_tiles(128, 128, 64), num_warps=8, num_stages=4),
     (90, "float", "small_batch"): Config(_tiles(64, 64, 32), num_warps=4, num_stages=4),
-    (90, "float", "few_tiles"): Config(_tiles(128, 64, 32), num_warps=8, num_stages=4),
-    (90, "float", "many_tiles"): Config(_tiles(128, 128, 32), num_warps=8, num_stages=4),
+    (90, "float", "large_batch"): Config(_tiles(128, 128, 32), num_warps=8, num_stages=4),
 }
 ELEMENTWISE = {(80,): Config({"BLOCK_B": 64, "BLOCK_K": 32, "BLOCK_C": 64}, num_warps=4)}
-LARGEST_ELEMENTWISE = 4096
+LARGEST_ELEMENTWISE = 2048
 PADDING = {(80,): Config({"BLOCK_D": 512}, num_warps=4)}
 
 
@@ -88,7 +85,7 @@ def fused_forward_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_B: tl.constexpr,
 ):
-    """One tile of BLOCK_C classes of BLOCK_K rows × BLOCK_B samples; a loop over D.
+    """One tile of BLOCK_B samples × BLOCK_C classes of BLOCK_K rows; a loop over D.
 
     Programs that run together have up to GROUP_B tiles of samples and few of classes: so W is read
     once per GROUP_B tiles of samples, which stay in the L2 cache.
@@ -108,32 +105,38 @@ def fused_forward_kernel(
     if dims is not None:
         used &= row < tl.load(dims + c, mask=c < C, other=0)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
-    w_tile = bases + (c * stride_sc + row * stride_sk)[:, None] + d[None, :] * stride_sd
-    x_tile = x + b[None, :] * stride_xb + d[:, None] * stride_xd
-    z = tl.zeros((BLOCK_C * BLOCK_K, BLOCK_B), tl.float32)
+    x_tile = x + b[:, None] * stride_xb + d[None, :] * stride_xd
+    w_tile = bases + (c * stride_sc + row * stride_sk)[None, :] + d[:, None] * stride_sd
+    z = tl.zeros((BLOCK_B, BLOCK_C * BLOCK_K), tl.float32)
     for start in range(0, D, BLOCK_D):
         left = d < D - start
-        w_values = tl.load(w_tile, mask=used[:, None] & left[None, :], other=0.0)
-        x_values = tl.load(x_tile, mask=(b[None, :] < B) & left[:, None], other=0.0)
-        z = tl.dot(operand(w_values), operand(x_values), z, input_precision=PRECISION)
-        w_tile += BLOCK_D * stride_sd
+        x_values = tl.load(x_tile, mask=(b[:, None] < B) & left[None, :], other=0.0)
+        w_values = tl.load(w_tile, mask=used[None, :] & left[:, None], other=0.0)
+        z = tl.dot(operand(x_values), operand(w_values), z, input_precision=PRECISION)
         x_tile += BLOCK_D * stride_xd
+        w_tile += BLOCK_D * stride_sd
 
     if SAVE:
-        to = projections + (c * K + row)[:, None] * B + b[None, :]
+        to = projections + (c * K + row)[None, :] * B + b[:, None]
         z_out = rounded(z, projections.dtype.element_ty)
-        tl.store(to, z_out, mask=exist[:, None] & (b[None, :] < B))
-    z = tl.reshape(z, (BLOCK_C, BLOCK_K, BLOCK_B))
-    if SQUARED:
-        result = tl.sum(z * z, 1)
-    else:
-        scale = usable_scale(tl.max(tl.abs(z), 1))
-        z = z / scale[:, None, :]
-        result = tl.sqrt(tl.sum(z * z, 1)) * scale
+        tl.store(to, z_out, mask=exist[None, :] & (b[:, None] < B))
     c = first_c + tl.arange(0, BLOCK_C)
-    to = logits + b[None, :] * C + c[:, None]
-    result = rounded(gamma * result, logits.dtype.element_ty)
-    tl.store(to, result, mask=(c[:, None] < C) & (b[None, :] < B))
+    to = logits + b[:, None] * C + c[None, :]
+    exist = (b[:, None] < B) & (c[None, :] < C)
+    z = tl.reshape(z, (BLOCK_B, BLOCK_C, BLOCK_K))
+    if K == 1 and not SQUARED:
+        result = tl.reshape(tl.abs(z), exist.shape)
+    else:
+        total = tl.sum(z * z, 2)
+        result = total if SQUARED else tl.sqrt(total)
+    tl.store(to, rounded(gamma * result, logits.dtype.element_ty), mask=exist)
+    if K > 1 and not SQUARED:
+        safe = (total > 2.0**-80) & (total < 2.0**80)
+        if tl.max((exist & ~safe).to(tl.int32)) > 0:  # squares have vanished or overflowed
+            scale = usable_scale(tl.max(tl.abs(z), 2))
+            z = z / scale[:, :, None]
+            result = tl.sqrt(tl.sum(z * z, 2)) * scale
+            tl.store(to, rounded(gamma * result, logits.dtype.element_ty), mask=exist)
 
 
 @triton.jit
@@ -247,18 +250,23 @@ def zero_padding_kernel(
         tl.store(to + column * stride_k, zero, mask=d < D)
 
 
-def plan_of(x: Tensor, k: int) -> str:
-    """Which plan; "fused" if its products use the matrix units and little of them is padding."""
-    with_matrix_units = x.dtype != torch.float32 or float32_precision() == "tf32"
+def plan_of(x: Tensor, bases: Tensor) -> str:
+    """Where a tile does not use the matrix units, or is a third padding, cuBLAS is faster; and also
+    where D is large, as its larger tiles then save more than reading Z back costs, unless the whole
+    problem is about one tile for each multiprocessor.
+    """
+    (B, D), (C, _, k) = x.shape, bases.shape
     padded = triton.next_power_of_2(k)
-    wasteful = 3 * padded > 4 * k or padded > MOST_FUSED
-    return "fused" if with_matrix_units and not wasteful else "chunked"
+    if x.dtype == torch.float32 and float32_precision() == "ieee":
+        return "chunked"
+    if 3 * padded > 4 * k or padded > MOST_FUSED:
+        return "chunked"
+    return "fused" if D <= 1024 or B * C * padded <= ONE_WAVE else "chunked"
 
 
 def _fused(x, bases, dims, gamma, squared, logits, projections):
     (B, D), (C, _, k) = x.shape, bases.shape
-    few = B * C * k <= 2 * 132 * 128 * 128  # tiles of 128²: about two for each multiprocessor
-    shape_class = "small_batch" if B <= 64 else "few_tiles" if few else "many_tiles"
+    shape_class = "small_batch" if B <= 64 else "large_batch"
     dtype_class = "float" if x.dtype == torch.float32 else "half"
     config = configure(TABLE, x.device, dtype_class, shape_class)
     tiles = dict(config.tiles)
@@ -276,7 +284,7 @@ def _fused(x, bases, dims, gamma, squared, logits, projections):
         PRECISION=float32_precision(),
         BLOCK_C=BLOCK_C,
         BLOCK_K=BLOCK_K,
-        matrix_product=dtype_class == "half",
+        matrix_product=dtype_class == "half" or float32_precision() == "tf32",
     )
 
 
@@ -344,7 +352,7 @@ def subspace_logits(
         return x.new_zeros(B, C), projections
     logits = x.new_empty(B, C)
     u = unit(x, eps) if normalize else x
-    if (plan or plan_of(x, k)) == "fused":
+    if (plan or plan_of(x, bases)) == "fused":
         _fused(u, bases, dims, gamma, squared, logits, projections)
         return logits, projections
     copied = 0 if dims is None and _is_matrix(bases) else D

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from weft.triton_kernels.common import Config, configure, launch, rounded, usable_scale
 
 WIDEST = 4096  # columns of a tile
