@@ -11,7 +11,8 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet
+# setuptools warns of every editable install.
+PIP := PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet
 # Stamp files: each names what is installed, so that a second make has nothing to do.
 TOOLS := $(VENV)/.tools
 TORCH_STAMP := $(VENV)/.$(subst ==,-,$(TORCH))
