@@ -105,8 +105,8 @@ _set_pin._torchdynamo_disable_msg = (
 class use:
     """Pins the implementation of every op: ``with weft.use("reference"): ...``.
 
-    ``name`` is ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for none. The pin holds
-    for the whole process and the backward remembers it. An op that cannot run so raises
+    ``name`` is ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for none. The pin
+    holds for the whole process and the backward remembers it. An op that cannot run so raises
     ``NotImplementedError`` with the reasons. For tests and benchmarks, not for threads.
     """
 

@@ -65,7 +65,7 @@ def check_orthonormal(name: str, bases: Tensor, dims: Tensor | None = None) -> N
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under ``torch.autocast``, its lower dtype for the float tensors of a matrix product.
 
-    ``torch.library.register_autocast`` knows one fixed dtype per device; this takes the one asked for.
+    ``torch.library.register_autocast`` knows one fixed dtype per device; this takes what is asked.
     """
     device = next(t for t in tensors if t is not None).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
