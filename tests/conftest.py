@@ -1,28 +1,55 @@
 """Shared by all tests: the implementations that run here, and inputs surrounded by canaries."""
 
 import contextlib
+import os
+
+# PyTorch refuses cuBLAS in its deterministic mode, which tests use to poison memory, without this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
 
 import weft
 from weft import native
-from weft.ops.registration import INTERPRETED
+from weft.ops.registration import INTERPRETED, registry
 
 torch.set_num_threads(2)
 
-# "cpu:avx2" is the C++ kernel of that instruction-set level.
+# "cpu:avx2" is the C++ kernel of that instruction-set level; "triton@cuda" runs on that device.
 IMPLEMENTATIONS = ["reference", *(f"cpu:{level}" for level in native.supported_levels())]
+ON_GPU = []
 if INTERPRETED:
     IMPLEMENTATIONS = ["triton"]
+elif torch.cuda.is_available():
+    ON_GPU = ["reference@cuda", "triton@cuda", *["cuda@cuda"] * native.has_cuda]
+
+
+def name_and_device(implementation: str) -> tuple[str, str]:
+    """What ``weft.use`` pins, and where the inputs are."""
+    name, _, device = implementation.partition("@")
+    return name.partition(":")[0], device or "cpu"
 
 
 @contextlib.contextmanager
 def running(implementation: str):
     """Pins an implementation, with its instruction-set level."""
-    name, _, level = implementation.partition(":")
+    level = implementation.partition(":")[2]
+    name, _ = name_and_device(implementation)
     with weft.use(name), native.use_level(level) if level else contextlib.nullcontext():
         yield
+
+
+def skip_unless_declared(cases, implementation: str, dtype: torch.dtype) -> None:
+    """Skips where the op, or its backward, says that it has no such implementation."""
+    name, device = name_and_device(implementation)
+    for op in (registry.get(cases.name), registry.get(f"{cases.name}_backward")):
+        if op is not None and not any(
+            known.name == name
+            and (known.devices is None or device in known.devices)
+            and (known.dtypes is None or dtype in known.dtypes)
+            for known in op.dispatcher.implementations
+        ):
+            pytest.skip(f"{op.name} declares no {name} for {device} and {dtype}")
 
 
 def pytest_addoption(parser):
@@ -30,6 +57,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    if INTERPRETED:  # what no kernel takes part in has its run without the interpreter
+        of_kernels = ("implementation", "interpreted")
+        kept = [item for item in items if set(of_kernels) & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     if not config.getoption("--slow"):
         slow = pytest.mark.skip(reason="long leg: make test-all")
         for item in items:

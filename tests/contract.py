@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import weft
 from weft.dispatch import Dispatcher
 from weft.ops.cases import OpCases, Sample, discover
 
@@ -116,3 +117,30 @@ def poisoned_memory():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def assert_accurate(found, plain, truth, factor):
+    """The error is at most `factor` times that of plain PyTorch, or 2 ulp of the largest truth."""
+    assert found.shape == truth.shape
+    if not truth.numel():
+        return
+    error = (found.double() - truth).abs().max()
+    plain_error = (plain.double() - truth).abs().max()
+    ulp = torch.finfo(found.dtype).eps * truth.abs().max()
+    assert error <= max(factor * plain_error, 2 * ulp), (error, plain_error, ulp)
+
+
+def check_accuracy(call: Call, run) -> None:
+    """Results and gradients of ``call`` inside ``with run`` against float64, on poisoned memory."""
+    with weft.use("reference"):
+        truth, truth_grads = values_and_gradients(call.in_float64())
+    plain, plain_grads = values_and_gradients(call, call.cases.plain)
+    before = [a.clone() for a in tensors(call.args)]
+    with run, poisoned_memory():
+        found, grads = values_and_gradients(call)
+    for result in zip(found, plain, truth, strict=True):
+        assert_accurate(*result, factor=2)
+    for gradient in zip(grads, plain_grads, truth_grads, strict=True):
+        assert_accurate(*gradient, factor=3)
+    for now, then in zip(tensors(call.args), before, strict=True):
+        assert torch.equal(now.nan_to_num(), then.nan_to_num()), "an input was modified"

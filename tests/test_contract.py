@@ -6,99 +6,82 @@ import itertools
 import pytest
 import torch
 import torch._inductor.config
+from conftest import IMPLEMENTATIONS, ON_GPU, name_and_device, running, skip_unless_declared
 from contract import (
     CASES,
     DIFFERENTIABLE,
     SAMPLES,
     TRANSFORMABLE,
     Call,
+    check_accuracy,
     name_of,
-    poisoned_memory,
     tensors,
     unexpanded,
     values_and_gradients,
     watch,
 )
 
-import weft
-from conftest import IMPLEMENTATIONS, running
 from weft.ops.cases import Sample
-from weft.ops.registration import registry
+from weft.ops.registration import INTERPRETED, registry
 
-COMPILED = [i for i in IMPLEMENTATIONS if i != "reference"]
-BEST = IMPLEMENTATIONS[-1]
+EVERYWHERE = IMPLEMENTATIONS + ON_GPU
+COMPILED = [i for i in EVERYWHERE if not i.startswith("reference")]
+ONE_OF_EACH_KIND = [*dict.fromkeys([IMPLEMENTATIONS[0], IMPLEMENTATIONS[-1], *ON_GPU])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DEVICES = sorted({name_and_device(implementation)[1] for implementation in EVERYWHERE})
 
 
-def assert_accurate(found, plain, truth, factor):
-    """The error is at most `factor` times that of plain PyTorch, or 2 ulp of the largest truth."""
-    assert found.shape == truth.shape
-    if not truth.numel():
-        return
-    error = (found.double() - truth).abs().max()
-    plain_error = (plain.double() - truth).abs().max()
-    ulp = torch.finfo(found.dtype).eps * truth.abs().max()
-    assert error <= max(factor * plain_error, 2 * ulp), (error, plain_error, ulp)
+def call_for(implementation: str, cases, sample: Sample, dtype: torch.dtype) -> Call:
+    """The call on the implementation's device; skips if the op declares no such implementation."""
+    skip_unless_declared(cases, implementation, dtype)
+    return Call(cases, sample, dtype, name_and_device(implementation)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("cases, sample", SAMPLES, ids=name_of)
 def test_accuracy(cases, sample, implementation, dtype):
-    if implementation == "triton" and dtype == torch.float64:
-        pytest.skip("the Triton kernels take no float64")
-    call = Call(cases, sample, dtype)
-    with weft.use("reference"):
-        truth, truth_grads = values_and_gradients(call.in_float64())
-    plain, plain_grads = values_and_gradients(call, cases.plain)
-    before = [a.clone() for a in tensors(call.args)]
-    with running(implementation), poisoned_memory():
-        found, grads = values_and_gradients(call)
-    for result in zip(found, plain, truth, strict=True):
-        assert_accurate(*result, factor=2)
-    for gradient in zip(grads, plain_grads, truth_grads, strict=True):
-        assert_accurate(*gradient, factor=3)
-    for now, then in zip(tensors(call.args), before, strict=True):
-        assert torch.equal(now.nan_to_num(), then.nan_to_num()), "an input was modified"
+    call = call_for(implementation, cases, sample, dtype)
+    check_accuracy(call, running(implementation))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("cases, sample", DIFFERENTIABLE, ids=name_of)
 def test_gradcheck(cases, sample, implementation):
-    if implementation == "triton":
-        pytest.skip("the Triton kernels take no float64")
-    call = Call(cases, sample, torch.float64)
+    call = call_for(implementation, cases, sample, torch.float64)
     large = sum(t.numel() for t in call.leaves()) > 200  # then along random directions
     with running(implementation):
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert check(lambda *t: call.with_leaves(t), call.leaves(), fast_mode=large)
 
 
-@pytest.mark.parametrize("implementation", sorted({IMPLEMENTATIONS[0], BEST}))
+@pytest.mark.parametrize("implementation", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize("cases, sample", SAMPLES, ids=name_of)
 def test_opcheck(cases, sample, implementation):
     """PyTorch's own checks of schema, fake function, autograd and dynamic shapes, for every op that
     the call runs, with the arguments it passes."""
-    call = Call(cases, sample, torch.float32)
+    call = call_for(implementation, cases, sample, torch.float32)
     with running(implementation):
         with watch() as log:
             values_and_gradients(call)
         assert log or not implementation.startswith("cpu")
         for op, _, args in log:
             args = [
-                a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point()
+                a.detach().requires_grad_(cases.differentiable) if isinstance(a, torch.Tensor) and a.is_floating_point()
                 else a
                 for a in args
             ]  # fmt: skip
-            torch.library.opcheck(registry[op].overload, args)
+            # The interpreter is slow, and the others know nothing of what an op runs.
+            some = {"test_utils": ("test_schema", "test_faketensor")} if INTERPRETED else {}
+            torch.library.opcheck(registry[op].overload, args, **some)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("cases", CASES, ids=name_of)
 def test_runs_what_is_pinned(cases, implementation):
     """Forward and backward, eager and compiled."""
-    call = Call(cases, cases.samples[0], torch.float32)
-    name = implementation.partition(":")[0]
+    call = call_for(implementation, cases, cases.samples[0], torch.float32)
+    name, _ = name_and_device(implementation)
     compiled = torch.compile(cases.function, fullgraph=True, backend="aot_eager")
     for function in (cases.function, compiled):
         with running(implementation), watch() as log:
@@ -107,11 +90,16 @@ def test_runs_what_is_pinned(cases, implementation):
         assert any(op.endswith("_backward") for op, _, _ in log) == cases.differentiable
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cases", CASES, ids=name_of)
-def test_default_is_the_first_that_can_run(cases):
+def test_default_is_the_first_that_can_run(cases, device):
+    names = {n for n, on in map(name_and_device, EVERYWHERE) if on == device}
     with watch() as log:
-        values_and_gradients(Call(cases, cases.samples[0], torch.float32))
-    assert all(chosen == BEST.partition(":")[0] for _, chosen, _ in log)
+        values_and_gradients(Call(cases, cases.samples[0], torch.float32, device))
+    for op, chosen, _ in log:
+        known = registry[op].dispatcher.implementations
+        expected = [k for k in known if k.name in names and device in (k.devices or {device})]
+        assert chosen == expected[0].name
 
 
 @pytest.mark.parametrize("cases", CASES, ids=name_of)
@@ -182,9 +170,8 @@ def call_leaves(leaves):
 def test_repeats_bit_for_bit(cases, implementation, dtype):
     """The same bits for any number of runs and of threads, at a size that has many tasks."""
     workload = cases.workloads[0]
-    call = Call(cases, Sample(workload.name, workload.make, workload.options), dtype)
-    if implementation == "triton":
-        call = Call(cases, cases.samples[0], dtype)
+    sample = Sample(workload.name, workload.make, workload.options)
+    call = call_for(implementation, cases, cases.samples[0] if INTERPRETED else sample, dtype)
     threads = torch.get_num_threads()
     runs = []
     try:
@@ -198,11 +185,11 @@ def test_repeats_bit_for_bit(cases, implementation, dtype):
         assert all(torch.equal(one, two) for one, two in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("cases, sample", SAMPLES, ids=name_of)
 def test_canaries(cases, sample, implementation):
     """Inputs inside buffers of NaN: nothing around them is read into a result or written."""
-    call = Call(cases, sample, torch.float32)
+    call = call_for(implementation, cases, sample, torch.float32)
     with running(implementation):
         expected = list(itertools.chain(*values_and_gradients(call)))
         buffers = []
