@@ -25,11 +25,11 @@ run: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(RUN) -m pytest tests
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton tests/test_contract.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests
 
 test-all: $(VENV)/.test
 	$(RUN) -m pytest tests --slow
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton tests/test_contract.py --slow
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests --slow
 
 bench: $(VENV)/.demo
 	$(RUN) -m weft bench --json out/bench.json --plot out
