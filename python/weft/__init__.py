@@ -3,6 +3,7 @@
 from weft import native  # noqa: F401  loads the native libraries
 from weft.dispatch import use
 from weft.ops.checks import check_values
+from weft.ops.pairwise.grassmann_step import grassmann_step, grassmann_step_
 from weft.ops.pairwise.subspace_logits import subspace_logits
 
-__all__ = ["check_values", "subspace_logits", "use"]
+__all__ = ["check_values", "grassmann_step", "grassmann_step_", "subspace_logits", "use"]

@@ -1,17 +1,11 @@
 """Cases of the pairwise family."""
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
-
-
-def orthonormal(C: int, D: int, k: int, dtype, device, seed: int = 1) -> Tensor:
-    """(C, D, k) in the layout of a layer: (C, k, D) in memory."""
-    q = torch.linalg.qr(randn(C, D, k, dtype=torch.float64, seed=seed)).Q
-    return q.mT.contiguous().to(device, dtype).mT
-
+from weft.ops.pairwise.grassmann_cases import GRASSMANN_STEP
+from weft.ops.pairwise.inputs import orthonormal
 
 # ---- subspace_logits ----------------------------------------------------------------------------
 
@@ -115,4 +109,4 @@ SUBSPACE_LOGITS = OpCases(
     ],
 )
 
-CASES = [SUBSPACE_LOGITS]
+CASES = [SUBSPACE_LOGITS, GRASSMANN_STEP]
