@@ -79,6 +79,11 @@ def test_several_tiles(plan, save, dtype):
     check(x, bases, gamma=25.0, normalize=True, save=save, plan=plan)
 
 
+def test_order_of_programs():
+    """18 tiles of samples in groups of 16, two tiles of classes."""
+    check(randn(273, 8, device=DEVICE), orthonormal(5, 8, 4, torch.float32, DEVICE))
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 16, 17, 33])
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
