@@ -45,11 +45,21 @@ logged() {
   return "$status"
 }
 
+# The machine and its versions, to stdout and machine.txt; stops where no GPU would be used.
 describe() {
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  "$PYTHON" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__,
-"CUDA", torch.version.cuda)'
-  "$PYTHON" -c 'import triton; print("triton", triton.__version__)' || echo "triton is missing"
+  command -v nvidia-smi >/dev/null || { echo "gpu_check: nvidia-smi is missing: no GPU here"; exit 1; }
+  {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    "$PYTHON" -c 'if True:
+      import importlib.metadata, sys, torch
+      print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
+      for name in ("triton", "numpy", "pytest", "setuptools", "ninja", "pybind11"):
+          try:
+              print(name, importlib.metadata.version(name))
+          except importlib.metadata.PackageNotFoundError:
+              print(name, "is missing")'
+  } | tee "$OUT/machine.txt"
+  "$PYTHON" -c 'import torch; torch.cuda.is_available() or exit("gpu_check: this torch sees no GPU")'
 }
 
 part=${1:-}
@@ -57,8 +67,10 @@ case "$part" in
   --build)
     require torch setuptools pybind11
     command -v ninja >/dev/null || require ninja
+    "$PYTHON" -c 'import setuptools as s; int(s.__version__.split(".")[0]) >= 77 or exit(
+      f"gpu_check: setuptools {s.__version__} is too old for pyproject.toml: 77 is needed")'
     command -v nvcc >/dev/null || echo "gpu_check: nvcc is not on PATH: no CUDA library"
-    describe | tee "$OUT/machine.txt"
+    describe
     WEFT_REQUIRE_NATIVE=1 logged build "$PYTHON" setup.py build_ext --inplace
     link_package
     logged status "$PYTHON" -m weft
@@ -66,7 +78,7 @@ case "$part" in
   --tests)
     require torch triton pytest
     link_package
-    describe | tee "$OUT/machine.txt"
+    describe
     logged tests "$PYTHON" -m pytest tests/gpu tests/triton tests/test_contract.py -q \
       -k "cuda or gpu or triton" -p no:cacheprovider --junitxml="$OUT/tests.xml"
     ;;
@@ -75,7 +87,7 @@ case "$part" in
     [ -n "$family" ] || usage
     require torch triton
     link_package
-    describe | tee "$OUT/machine.txt"
+    describe
     logged "bench_$family" "$PYTHON" -m weft bench "$family" --device cuda \
       --json "$OUT/$family.json"
     ;;

@@ -23,6 +23,19 @@ from weft.triton_kernels import common  # noqa: E402
 
 pytestmark = pytest.mark.skipif(common.INTERPRETED, reason="needs the compiler")
 
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # 80 serves 86, 89 and 120 too
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -60,12 +73,7 @@ def source(launch: common.Launch) -> ASTSource:
             continue
         value = next(given)
         if isinstance(value, torch.Tensor):
-            signature[name] = (
-                "*"
-                + triton.runtime.jit.type_canonicalisation_dict[
-                    str(value.dtype).removeprefix("torch.")
-                ]
-            )
+            signature[name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value

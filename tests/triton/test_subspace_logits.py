@@ -130,6 +130,12 @@ def test_padding_is_not_read(plan, by_rows, groups, monkeypatch):
         assert not grad_bases.mT[unused].any()
 
 
+def test_gradient_of_padding_is_zero_beside_a_nan():
+    bases, dims = orthonormal(2, 8, 4, torch.float32, DEVICE), torch.tensor([1, 4], device=DEVICE)
+    _, _, grad_bases, _ = run(torch.full((3, 8), torch.nan, device=DEVICE), bases, dims)
+    assert not grad_bases[0, :, 1:].any() and grad_bases[0, :, 0].isnan().all()
+
+
 @pytest.mark.parametrize("dims", [[-3, 9], [0, 0]])
 @pytest.mark.parametrize("plan", PLANS)
 def test_dims_out_of_range_are_clamped(plan, dims):
@@ -157,16 +163,21 @@ def test_no_underflow_or_overflow(plan, normalize, scale):
             assert error <= 1e-5 * two[b].abs().max()
 
 
-@pytest.mark.parametrize("eps", [0.0, 1.5])
+@pytest.mark.parametrize("eps", [0.0, 1.5, 100.0])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
 def test_zero_and_nan(plan, normalize, eps):
-    """A zero sample has logits and gradients 0, and a NaN stays in its row."""
+    """A zero sample has logits and gradients 0, a NaN stays in its row; eps may exceed lengths."""
     x, bases = randn(4, 20, device=DEVICE), orthonormal(3, 20, 4, torch.float32, DEVICE)
     x[1], x[2, 3] = 0, torch.nan
     logits, grad_x, grad_bases, grad = run(x, bases, normalize=normalize, eps=eps, plan=plan)
     expected = truth_of(x, bases, None, grad, 1.0, False, normalize, eps)
-    assert logits[2].isnan().all() and grad_x[2].isnan().all() and grad_bases.isnan().all()
+    assert (
+        not logits[1].any()
+        and logits[2].isnan().all()
+        and grad_x[2].isnan().all()
+        and grad_bases.isnan().all()
+    )
     for one, two in zip((logits, grad_x), expected, strict=False):
         torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1e-6, equal_nan=True)
 
