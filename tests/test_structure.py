@@ -69,6 +69,19 @@ def test_reference_never_declines(name):
     assert last.devices is None and last.dtypes is None and last.refuses is None
 
 
+def test_nothing_imports_upwards():
+    """reference <- ops <- nn, optim; the reference needs torch alone."""
+    above = {
+        "reference": "weft (?!reference)|weft.(?!reference)|numpy|triton",
+        "ops": r"weft\.(nn|optim|cli|benchmarks)",
+        "nn": r"weft\.(cli|benchmarks)",
+    }
+    for folder, forbidden in above.items():
+        for path in own_files(f"python/weft/{folder}/**/*.py"):
+            found = re.findall(rf"^(?:from|import) (?:{forbidden}).*", path.read_text(), re.M)
+            assert not found, f"{path.relative_to(ROOT)}: {found}"
+
+
 def test_families_have_benchmarks():
     for family in set(CASES.values()):
         assert (ROOT / "benchmarks" / f"bench_{family}.py").exists()
