@@ -42,6 +42,26 @@ using Product = typename ProductOf<A, B>::type;
 template <typename T>
 using ProductSession = typename Product<T>::Session;
 
+namespace product {
+
+// Packs B, any number of columns, into panels `depth` deep.
+template <typename Engine, typename S>
+void pack_columns(Matrix<S> b, typename Engine::Packed* target, int64_t depth) {
+  // Where the rows of B are contiguous a panel is a narrow strip of them, each on a page of its
+  // own: then several panels are taken from each visit, a few rows at a time.
+  const bool strips = b.col_stride == 1;
+  const int64_t group = strips ? Engine::group_panels * Engine::columns : Engine::columns;
+  const int64_t rows = strips ? 32 : std::max<int64_t>(b.rows, 1);
+  for (int64_t g = 0; g < b.cols; g += group)
+    for (int64_t k = 0; k < b.rows; k += rows)
+      for (int64_t j = g; j < std::min(g + group, b.cols); j += Engine::columns)
+        Engine::pack_right(b.block(k, j, std::min(rows, b.rows - k),
+                                   std::min<int64_t>(Engine::columns, b.cols - j)),
+                           target + Engine::right_size(depth, j) + Engine::right_offset(k), depth);
+}
+
+}  // namespace product
+
 // The left operand of products with elements of type T, packed once and read by many calls. The
 // memory is the caller's: size(rows, depth) elements of type Packed, 64-byte aligned.
 template <typename T>
@@ -73,9 +93,7 @@ struct PackedRight {
   template <typename S>
   PackedRight(Matrix<S> b, Packed* memory)
       : data(memory), rows(b.rows), cols(b.cols), depth(round_up(b.rows, row_unit)) {
-    for (int64_t j = 0; j < cols; j += panel_columns)
-      Engine::pack_right(b.block(0, j, rows, std::min(panel_columns, cols - j)),
-                         memory + j * depth);
+    product::pack_columns<Engine>(b, memory, depth);
   }
 
   // Part of the operand, without copying: first_row a multiple of row_unit (and rows too, unless
@@ -168,17 +186,27 @@ struct RightMatrix {
   bool keep = false;
 
   int64_t cols() const { return b.cols; }
-  // Room for the panels of one block, or for one panel where no other row block reads them.
+  // Columns packed at once.
+  int64_t group_columns(bool fresh) const {
+    return fresh && b.col_stride == 1 ? Engine::group_panels * Engine::columns : Engine::columns;
+  }
+  // Room for the panels of one block, or for one group where no other row block reads them.
   void reserve(int64_t depth, int64_t block_cols, bool several_row_blocks) {
     keep = several_row_blocks;
     packed = Buffers<Engine>::mine().right.template get<typename Engine::Packed>(
-        Engine::right_size(depth, keep ? block_cols : Engine::columns));
+        Engine::right_size(depth, keep ? block_cols : std::min(block_cols, group_columns(true))));
   }
-  RightPanel<typename Engine::Packed> panel(int64_t k0, int64_t depth, int64_t first, int64_t j,
-                                            int64_t n, bool fresh) const {
+  // Packs the columns [j, j + n) of a block that starts at column `first`.
+  void pack(int64_t k0, int64_t depth, int64_t first, int64_t j, int64_t n) const {
     auto* target = packed + (keep ? Engine::right_size(depth, j - first) : 0);
-    if (fresh) Engine::pack_right(b.block(k0, j, depth, n), target);
-    return {target, Engine::right_stride(depth)};
+    pack_columns<Engine>(b.block(k0, j, depth, n), target, depth);
+  }
+  // The panel of column j, of the group that starts at `group`, of the block that starts at
+  // `first`.
+  RightPanel<typename Engine::Packed> panel(int64_t, int64_t depth, int64_t first, int64_t group,
+                                            int64_t j) const {
+    return {packed + Engine::right_size(depth, j - (keep ? first : group)),
+            Engine::right_stride(depth)};
   }
   Prefetch prefetch(int64_t k0, int64_t depth, int64_t first, int64_t j, int64_t n,
                     bool fresh) const {
@@ -198,9 +226,11 @@ template <typename Engine, typename T>
 struct RightPacked {
   PackedRight<T> b;
   int64_t cols() const { return b.cols; }
+  int64_t group_columns(bool) const { return Engine::columns; }
   void reserve(int64_t, int64_t, bool) {}
-  RightPanel<typename Engine::Packed> panel(int64_t k0, int64_t, int64_t, int64_t j, int64_t,
-                                            bool) const {
+  void pack(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
+  RightPanel<typename Engine::Packed> panel(int64_t k0, int64_t, int64_t, int64_t,
+                                            int64_t j) const {
     return {b.data + j * b.depth + Engine::right_offset(k0), Engine::right_stride(b.depth)};
   }
   Prefetch prefetch(int64_t k0, int64_t depth, int64_t, int64_t j, int64_t, bool) const {
@@ -235,15 +265,19 @@ void multiply(Left a, Right b, typename Engine::Sum* c, int64_t ldc, bool accumu
       for (int64_t p = 0; p < panels; p += block_panels) {
         const auto block = a.block(p, std::min(panels, p + block_panels), k0, k, cols);
         const bool fresh = p == 0;
-        for (int64_t j = first; j < last; j += width) {
-          const int64_t n = std::min(width, last - j), next = j + width;
-          const auto panel = b.panel(k0, k, first, j, n, fresh);
+        const int64_t group = b.group_columns(fresh);
+        for (int64_t g = first; g < last; g += group) {
+          const int64_t end = std::min(last, g + group);
+          if (fresh) b.pack(k0, k, first, g, end - g);
           Prefetch prefetch;
-          if (next < last)
-            prefetch = b.prefetch(k0, k, first, next, std::min(width, last - next), fresh);
-          Engine::multiply(block.left, block.first_panel, block.last_panel, block.k0, k, panel.data,
-                           panel.stride, int(n), c + block.first_row * ldc + j, ldc,
-                           accumulate || k0 > 0, prefetch);
+          if (end < last)
+            prefetch = b.prefetch(k0, k, first, end, std::min(group, last - end), fresh);
+          for (int64_t j = g; j < end; j += width) {
+            const auto panel = b.panel(k0, k, first, g, j);
+            Engine::multiply(block.left, block.first_panel, block.last_panel, block.k0, k,
+                             panel.data, panel.stride, int(std::min(width, end - j)),
+                             c + block.first_row * ldc + j, ldc, accumulate || k0 > 0, prefetch);
+          }
         }
       }
     }

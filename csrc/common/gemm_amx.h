@@ -31,6 +31,7 @@ struct AmxProduct {
   static constexpr int64_t block_panels = 8;
   static constexpr int64_t block_depth = 2048;
   static constexpr int64_t block_columns = 2048;
+  static constexpr int64_t group_panels = 2;
 
   // The tile configuration, from the outermost Session of a thread to its end. A kernel that makes
   // many small products holds one around them all.
@@ -94,15 +95,16 @@ struct AmxProduct {
             target);
   }
 
-  // One panel: source is (depth, up to 32 columns); the missing columns become 0.
+  // Rows of one panel `depth` deep: the source is (rows, up to 32 columns); the missing columns
+  // become 0.
   template <typename S>
-  static void pack_right(Matrix<S> b, bfloat16* target) {
+  static void pack_right(Matrix<S> b, bfloat16* target, int64_t depth) {
     const Matrix<S> bt = b.transposed();
     for (int64_t j = 0; j < 32; j += 16)
-      for (int64_t k = 0; k < b.rows; k += 32, target += tile_elements)
+      for (int64_t k = 0; k < b.rows; k += 32)
         pack_tile<true>(bt.block(std::min(j, b.cols), k, std::clamp<int64_t>(b.cols - j, 0, 16),
                                  std::min<int64_t>(32, b.rows - k)),
-                        target);
+                        target + j / 16 * right_stride(depth) + right_offset(k));
   }
 
   // C[rows of the panels, 0..n) (+)= A[those rows, k0..k0+depth) B, for one packed panel of B whose
@@ -208,51 +210,79 @@ struct AmxProduct {
   // pairs_first: words stored [pair of k][index], otherwise [index][pair of k].
   template <bool pairs_first, typename S>
   static void pack_tile(Matrix<S> x, bfloat16* target) {
-    __m512i word[16];
     const int n = int(x.rows), depth = int(x.cols);
-    bool words_by_pair = false;
     if (x.col_stride == 1) {
-      for (int i = 0; i < 16; ++i)
-        word[i] = i < n ? load32(x.at(i, 0), depth) : _mm512_setzero_si512();
+      n == 16 && depth == 32
+          ? pack_rows<pairs_first, true>(x.data, x.row_stride, n, depth, target)
+          : pack_rows<pairs_first, false>(x.data, x.row_stride, n, depth, target);
     } else if (x.row_stride == 1) {
-      words_by_pair = true;
-      for (int g = 0; g < 16; ++g)
-        word[g] =
-            interleave(2 * g < depth ? load16(x.at(0, 2 * g), n) : _mm256_setzero_si256(),
-                       2 * g + 1 < depth ? load16(x.at(0, 2 * g + 1), n) : _mm256_setzero_si256());
+      n == 16 && depth == 32
+          ? pack_pairs<pairs_first, true>(x.data, x.col_stride, n, depth, target)
+          : pack_pairs<pairs_first, false>(x.data, x.col_stride, n, depth, target);
     } else {
       alignas(64) bfloat16 part[16][32] = {};
       for (int i = 0; i < n; ++i)
         for (int k = 0; k < depth; ++k) part[i][k] = bfloat16(float(*x.at(i, k)));
-      for (int i = 0; i < 16; ++i) word[i] = _mm512_load_si512(part[i]);
+      pack_rows<pairs_first, true>(part[0], 32, 16, 32, target);
     }
-    if (words_by_pair != pairs_first) {
-      Registers<float>::Bits block[16];
-      for (int i = 0; i < 16; ++i) block[i] = (Registers<float>::Bits)word[i];
-      transpose_block<16>(block);
-      for (int i = 0; i < 16; ++i) word[i] = (__m512i)block[i];
-    }
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(target + 32 * i, word[i]);
   }
 
-  // 32 or 16 consecutive elements as bfloat16, the first n of them read.
+  using Words = Registers<float>::Bits;
+
+  // From memory where k is contiguous: a vector is one index, all k.
+  template <bool pairs_first, bool whole, typename S>
+  static void pack_rows(const S* x, int64_t stride, int n, int depth, bfloat16* target) {
+    Words word[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      word[i] = whole || i < n ? (Words)load32<whole>(x + i * stride, depth) : Words{};
+    store<pairs_first>(word, target);
+  }
+
+  // From memory where the index is contiguous: a vector is one pair of k, all indices.
+  template <bool pairs_first, bool whole, typename S>
+  static void pack_pairs(const S* x, int64_t stride, int n, int depth, bfloat16* target) {
+    Words word[16];
+#pragma GCC unroll 16
+    for (int g = 0; g < 16; ++g) {
+      const S* even = x + 2 * g * stride;
+      const __m256i zero = _mm256_setzero_si256();
+      const __m256i a = whole || 2 * g < depth ? load16<whole>(even, n) : zero;
+      const __m256i b = whole || 2 * g + 1 < depth ? load16<whole>(even + stride, n) : zero;
+      word[g] = (Words)_mm512_or_si512(
+          _mm512_maskz_cvtepu16_epi32(0xffff, a),
+          _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, b), 16));
+    }
+    store<!pairs_first>(word, target);
+  }
+
+  template <bool transposed>
+  static void store(Words (&word)[16], bfloat16* target) {
+    if constexpr (transposed) transpose_block<16>(word);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(target + 32 * i, (__m512i)word[i]);
+  }
+
+  // 32 or 16 consecutive elements as bfloat16: all of them, or the first n.
+  template <bool whole>
   static __m512i load32(const bfloat16* p, int n) {
-    return n == 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
+    return whole || n == 32 ? _mm512_loadu_si512(p)
+                            : _mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
   }
+  template <bool whole>
   static __m256i load16(const bfloat16* p, int n) {
-    return _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                 : _mm256_maskz_loadu_epi16(first_lanes(n), p);
   }
+  template <bool whole>
   static __m512i load32(const float* p, int n) {
-    const VecF low = VecF::load(p, std::min(n, 16)), high = VecF::load(p + 16, std::max(n - 16, 0));
+    const VecF low = whole ? VecF::load(p) : VecF::load(p, std::min(n, 16));
+    const VecF high = whole ? VecF::load(p + 16) : VecF::load(p + 16, std::max(n - 16, 0));
     return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
   }
+  template <bool whole>
   static __m256i load16(const float* p, int n) {
-    return (__m256i)_mm512_cvtneps_pbh(VecF::load(p, n).v);
-  }
-  static __m512i interleave(__m256i even, __m256i odd) {
-    return _mm512_or_si512(
-        _mm512_maskz_cvtepu16_epi32(0xffff, even),
-        _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, odd), 16));
+    return (__m256i)_mm512_cvtneps_pbh((whole ? VecF::load(p) : VecF::load(p, n)).v);
   }
 };
 

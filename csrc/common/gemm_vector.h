@@ -35,9 +35,10 @@ struct VectorProduct {
   static constexpr int64_t depth_unit = 1;
 
   // Cache blocks: 18 panels of A, block_depth deep, fill half of the second-level cache.
-  static constexpr int64_t block_panels = 18;
-  static constexpr int64_t block_depth = 4096 / int64_t(sizeof(T));
+  static constexpr int64_t block_panels = 20;
+  static constexpr int64_t block_depth = 2048 / int64_t(sizeof(T));
   static constexpr int64_t block_columns = 2048;
+  static constexpr int64_t group_panels = 4;
 
   // Nothing to set up (see the AMX product).
   struct Session {
@@ -75,7 +76,7 @@ struct VectorProduct {
 
   // One panel: source is (depth, up to `columns` columns); the missing columns become 0.
   template <typename S>
-  static void pack_right(Matrix<S> b, T* target) {
+  static void pack_right(Matrix<S> b, T* target, int64_t) {
     pack_panel(b, target, int(columns));
   }
 
