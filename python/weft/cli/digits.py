@@ -17,7 +17,7 @@ from torch.nn import functional as F
 FEATURES, HIDDEN, CLASSES = 64, 256, 10
 SUBSPACE_DIM, GAMMA = 4, 25.0
 EPOCHS, BATCH, MOMENTUM, WEIGHT_DECAY = 40, 64, 0.9, 5e-4
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+RATES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 TRAININGS = 2 * (len(RATES) * len(TUNING_SEEDS) + len(SEEDS))
 HEADS = {"linear": "linear + softmax", "grassmann": f"Grassmann, k = {SUBSPACE_DIM}"}
