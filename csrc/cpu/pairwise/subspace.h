@@ -94,4 +94,19 @@ Bases<T> bases_of(const Tensor& bases, const std::optional<Tensor>& dims = std::
           bases.stride(0), bases.stride(1), bases.stride(2), dims ? data<int64_t>(*dims) : nullptr};
 }
 
+// An uninitialised gradient of the bases: in memory (C, k, D) where they have D as their unit
+// stride, else (C, D, k); gradient_like of the public function.
+struct BasesResult {
+  int64_t stride_d, stride_k;
+  Tensor tensor;
+
+  explicit BasesResult(const Tensor& bases)
+      : stride_d(bases.stride(1) == 1 ? 1 : bases.size(2)),
+        stride_k(bases.stride(1) == 1 ? bases.size(1) : 1),
+        tensor(bases.stride(1) == 1
+                   ? torch::stable::transpose(
+                         new_result(bases, {bases.size(0), bases.size(2), bases.size(1)}), 1, 2)
+                   : new_result(bases, {bases.size(0), bases.size(1), bases.size(2)})) {}
+};
+
 }  // namespace weft

@@ -349,19 +349,17 @@ std::tuple<Tensor, Tensor> subspace_logits_backward(const Tensor& grad, const Te
   const bool saved = projections.dim() == 3;
   STD_TORCH_CHECK(!saved || (projections.numel() == C * k * B && projections.is_contiguous()),
                   "subspace_logits_backward: projections must be (C, k, B)");
-  // The layout of the product where the bases have it: gradient_like of the public function.
-  const bool transposed = bases.stride(1) == 1;
   Tensor grad_x = new_result(x, {B, D});
-  Tensor grad_bases = transposed ? torch::stable::transpose(new_result(bases, {C, k, D}), 1, 2)
-                                 : new_result(bases, {C, D, k});
+  const BasesResult grad_bases(bases);
   with_float(x, [&](auto type) {
     using T = decltype(type);
-    backward<T>(matrix<T>(grad), {matrix<T>(x), normalize, eps}, bases_of<T>(bases, dims),
-                {gamma, squared, normalize, eps}, saved ? data<T>(projections) : nullptr,
-                mutable_data<T>(grad_x),
-                {mutable_data<T>(grad_bases), k * D, transposed ? 1 : k, transposed ? D : 1});
+    backward<T>(
+        matrix<T>(grad), {matrix<T>(x), normalize, eps}, bases_of<T>(bases, dims),
+        {gamma, squared, normalize, eps}, saved ? data<T>(projections) : nullptr,
+        mutable_data<T>(grad_x),
+        {mutable_data<T>(grad_bases.tensor), k * D, grad_bases.stride_d, grad_bases.stride_k});
   });
-  return {grad_x, grad_bases};
+  return {grad_x, grad_bases.tensor};
 }
 
 }  // namespace

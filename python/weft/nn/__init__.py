@@ -1,0 +1,5 @@
+"""Layers and losses."""
+
+from weft.nn.grassmann import GrassmannClassifier
+
+__all__ = ["GrassmannClassifier"]

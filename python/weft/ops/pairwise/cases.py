@@ -4,8 +4,9 @@ import torch
 from torch.nn import functional as F
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
-from weft.ops.pairwise.grassmann_cases import GRASSMANN_STEP
+from weft.ops.pairwise.grassmann_cases import GRASSMANN_STEP, SUBSPACE_PROJECT
 from weft.ops.pairwise.inputs import orthonormal
+from weft.ops.pairwise.project_cases import SUBSPACE_PROJECT
 
 # ---- subspace_logits ----------------------------------------------------------------------------
 
@@ -109,4 +110,4 @@ SUBSPACE_LOGITS = OpCases(
     ],
 )
 
-CASES = [SUBSPACE_LOGITS, GRASSMANN_STEP]
+CASES = [SUBSPACE_LOGITS, SUBSPACE_PROJECT, GRASSMANN_STEP]
