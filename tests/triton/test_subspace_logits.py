@@ -110,6 +110,23 @@ def test_layouts_by_groups(plan, layout, monkeypatch):
         check(x, bases, gamma=2.0, normalize=True, save=save, plan=plan)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_groups_are_summed_in_float32(normalize, monkeypatch):
+    """64 groups differ from one by a rounding of the result, not by 64 roundings."""
+    x, bases = randn(4, 16, dtype=torch.bfloat16, device=DEVICE), randn(64, 1, 16, device=DEVICE).mT
+    once = run(x, bases.bfloat16(), normalize=normalize)[1]
+    monkeypatch.setattr(kernels, "GROUP_BYTES", 1)
+    by_groups = run(x, bases.bfloat16(), normalize=normalize)[1]
+    assert (once.float() - by_groups.float()).abs().max() <= 2**-8 * once.float().abs().max()
+
+
+def test_bfloat16_is_rounded_to_nearest():
+    x = randn(8, 64, dtype=torch.bfloat16, device=DEVICE)
+    truth = torch.nn.functional.normalize(x.double())
+    found = kernels.unit(x, 0.0).double()
+    assert ((found - truth).abs() <= 1.001 * 2**-8 * truth.abs()).all()
+
+
 @pytest.mark.parametrize("groups", [1, 6])
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("plan", PLANS)
