@@ -1,6 +1,5 @@
 // The micro-kernels of csrc/common as private ops, for tests and benchmarks only: each op is one
 // call of the header's function on the tensors' memory.
-#include <chrono>
 #include <vector>
 
 #include "common/convert.h"
@@ -31,7 +30,7 @@ double time_gemm(Matrix<A> a, Matrix<T> b, Acc<T>* c, int64_t ldc, bool accumula
       pack_right ? b : b.block(0, 0, 0, 0),
       right_memory.get<typename PackedRight<T>::Packed>(PackedRight<T>::size(b.rows, b.cols)));
   const ProductSession<T> session;
-  const auto start = std::chrono::steady_clock::now();
+  const double start = thread_seconds();
   for (int64_t i = 0; i < repeats; ++i) {
     if (pack_left && pack_right) {
       gemm(left, right, c, ldc, accumulate);
@@ -43,7 +42,7 @@ double time_gemm(Matrix<A> a, Matrix<T> b, Acc<T>* c, int64_t ldc, bool accumula
       gemm(a, b, c, ldc, accumulate);
     }
   }
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return thread_seconds() - start;
 }
 
 double gemm_op(const Tensor& a, const Tensor& b, const Tensor& c, bool accumulate, bool pack_left,
