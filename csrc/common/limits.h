@@ -29,9 +29,10 @@ inline double fastest(int repeats, F f) {
   return best;
 }
 
-// Operations per second of fma, two for each lane. Enough chains to hide the latency.
+// Operations per second of fma, two for each lane. Enough chains to hide the latency. Not inlined:
+// in the caller, which runs once, the compiler would make the loop short and not fast.
 template <typename T>
-inline double fma_rate() {
+__attribute__((noinline)) double fma_rate() {
   constexpr int kChains = kVectorBytes == 64 ? 24 : 12;
   constexpr int64_t kSteps = 100000;
   Vec<T> sum[kChains];
