@@ -79,7 +79,7 @@ case "$part" in
     require torch triton pytest
     link_package
     describe
-    logged tests "$PYTHON" -m pytest tests/gpu tests/triton tests/test_contract.py -q \
+    logged tests "$PYTHON" -m pytest tests/gpu tests/triton_ops tests/test_contract.py -q \
       -k "cuda or gpu or triton" -p no:cacheprovider --junitxml="$OUT/tests.xml"
     ;;
   --bench)
