@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from contract import watch
 
 import weft
-from contract import watch
 from weft import native
 from weft.dispatch import Dispatcher, Implementation, pinned
 from weft.ops.registration import registry

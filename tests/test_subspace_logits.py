@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import IMPLEMENTATIONS, running
 from torch.nn import functional as F
 
 import weft
-from conftest import IMPLEMENTATIONS, running
 from weft.ops.cases import randn
 from weft.ops.pairwise import subspace_logits as module
 from weft.ops.pairwise.cases import orthonormal

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import IMPLEMENTATIONS, running
 
 import weft
-from conftest import IMPLEMENTATIONS, running
 from weft.ops.cases import randn
 from weft.ops.pairwise.inputs import orthonormal
 
