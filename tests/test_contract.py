@@ -55,6 +55,12 @@ def test_gradcheck(cases, sample, implementation):
             assert check(lambda *t: call.with_leaves(t), call.leaves(), fast_mode=large)
 
 
+def as_leaf(value, requires_grad: bool):
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_(requires_grad)
+    return value
+
+
 @pytest.mark.parametrize("implementation", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize("cases, sample", SAMPLES, ids=name_of)
 def test_opcheck(cases, sample, implementation):
@@ -66,11 +72,7 @@ def test_opcheck(cases, sample, implementation):
             values_and_gradients(call)
         assert log or not implementation.startswith("cpu")
         for op, _, args in log:
-            args = [
-                a.detach().requires_grad_(cases.differentiable) if isinstance(a, torch.Tensor) and a.is_floating_point()
-                else a
-                for a in args
-            ]  # fmt: skip
+            args = [as_leaf(a, cases.differentiable) for a in args]
             # The interpreter is slow, and the others know nothing of what an op runs.
             some = {"test_utils": ("test_schema", "test_faketensor")} if INTERPRETED else {}
             torch.library.opcheck(registry[op].overload, args, **some)

@@ -165,7 +165,7 @@ def test_forward_and_backward_of_different_implementations():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """Under autocast the head computes in the lower dtype asked for, and the gradient is float32."""
+    """Under autocast the head computes in the dtype asked for, and the gradient is float32."""
     x, bases = randn(4, 6).requires_grad_(), orthonormal(3, 6, 2, torch.float32, "cpu")
     bases.requires_grad_()
     with torch.autocast("cpu", dtype):

@@ -30,6 +30,7 @@ from weft.triton_kernels.common import (
     rounded,
     usable_scale,
 )
+from weft.triton_kernels.pairwise.bases import is_matrix, matrix_of, zero_padding
 from weft.triton_kernels.pairwise.unit import unit, unit_backward
 
 GROUP_BYTES = 64 << 20  # of each buffer: Z, Q, and W or ∂W where they need another layout
@@ -56,7 +57,6 @@ TABLE = {
 }
 ELEMENTWISE = {(80,): Config({"BLOCK_B": 64, "BLOCK_K": 32, "BLOCK_C": 64}, num_warps=4)}
 LARGEST_ELEMENTWISE = 2048
-PADDING = {(80,): Config({"BLOCK_D": 512}, num_warps=4)}
 
 
 @triton.jit
@@ -229,27 +229,6 @@ def projections_gradient_kernel(
         tl.store(q + offsets, rounded(values, q.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def zero_padding_kernel(
-    bases,
-    dims,
-    D,
-    stride_c,
-    stride_d,
-    stride_k,
-    K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """bases[c, :, dims[c]:] = 0: one class and one tile of D, a loop over the padding."""
-    tiles_d = tl.cdiv(D, BLOCK_D)
-    c = (tl.program_id(0) // tiles_d).to(tl.int64)
-    d = (tl.program_id(0) % tiles_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    to = bases + c * stride_c + d * stride_d
-    zero = tl.zeros((BLOCK_D,), bases.dtype.element_ty)
-    for column in range(tl.maximum(tl.load(dims + c), 0), K):
-        tl.store(to + column * stride_k, zero, mask=d < D)
-
-
 def plan_of(x: Tensor, bases: Tensor) -> str:
     """Where a tile does not use the matrix units, or is a third padding, cuBLAS is faster; and also
     where D is large, as its larger tiles then save more than reading Z back costs, unless the whole
@@ -301,33 +280,6 @@ def _elementwise(kernel, squared: bool, k: int, B: int, C: int, *args) -> None:
     launch(kernel, grid, Config(tiles, config.num_warps), *args, K=k, SQUARED=squared)
 
 
-def _zero_padding(bases: Tensor, dims: Tensor) -> None:
-    C, D, k = bases.shape
-    config = configure(PADDING, bases.device)
-    grid = (C * triton.cdiv(D, config.tiles["BLOCK_D"]),)
-    launch(zero_padding_kernel, grid, config, bases, dims, D, *bases.stride(), K=k)
-
-
-def _is_matrix(bases: Tensor) -> bool:
-    """Whether W (C·k, D) is a view of the bases, with D as the unit stride."""
-    C, D, k = bases.shape
-    stride_c, stride_d, stride_k = bases.stride()
-    mergeable = C == 1 or k == 1 or stride_c == k * stride_k
-    return mergeable and stride_d == 1 and min(stride_c, stride_k) >= D
-
-
-def _matrix(bases: Tensor, dims: Tensor | None, group: slice) -> Tensor:
-    """W of a group of classes, copied where the layout needs it or padding must not be read."""
-    bases = bases[group]
-    C, D, k = bases.shape
-    if dims is None and _is_matrix(bases):
-        return bases.mT.reshape(C * k, D)
-    packed = bases.new_empty(C, k, D).copy_(bases.mT)
-    if dims is not None:
-        _zero_padding(packed.mT, dims[group])
-    return packed.view(C * k, D)
-
-
 def _groups(C: int, bytes_per_class: int) -> list[slice]:
     """Classes, by groups whose buffers are at most GROUP_BYTES (or of one class)."""
     size = max(GROUP_BYTES // max(bytes_per_class, 1), 1)
@@ -355,10 +307,10 @@ def subspace_logits(
     if (plan or plan_of(x, bases)) == "fused":
         _fused(u, bases, dims, gamma, squared, logits, projections)
         return logits, projections
-    copied = 0 if dims is None and _is_matrix(bases) else D
+    copied = 0 if dims is None and is_matrix(bases) else D
     buffered = 0 if save else B
     for group in _groups(C, k * x.itemsize * max(buffered, copied)):
-        W = _matrix(bases, dims, group)
+        W = matrix_of(bases, dims, group)
         z = projections[group].view(-1, B) if save else x.new_empty(W.shape[0], B)
         product(W, u.T, out=z)
         out = logits[:, group]
@@ -384,11 +336,11 @@ def subspace_logits_backward(
     if B * C * k == 0:
         return x.new_zeros(B, D), grad_bases.zero_()
     u = unit(x, eps) if normalize else x
-    copied = 0 if dims is None and _is_matrix(bases) and by_rows else D
+    copied = 0 if dims is None and is_matrix(bases) and by_rows else D
     groups = _groups(C, k * x.itemsize * max(B, copied))
     grad_u = None  # summed over the groups in float32
     for group in groups:
-        W = _matrix(bases, dims, group)
+        W = matrix_of(bases, dims, group)
         rows, g = W.shape[0], grad[:, group]
         if projections.numel():
             z = projections[group].view(rows, B)
@@ -407,7 +359,7 @@ def subspace_logits_backward(
         part = product(q.T, W, out=x.new_empty(B, D, dtype=dtype))
         grad_u = part if grad_u is None else grad_u.add_(part)
     if dims is not None:
-        _zero_padding(grad_bases, dims)
+        zero_padding(grad_bases, dims)
     return unit_backward(grad_u, x, eps) if normalize else grad_u.to(x.dtype), grad_bases
 
 

@@ -21,7 +21,8 @@ def subspace_project(
     r"""Orthogonal projection of each feature onto the span of each basis, or what it leaves.
 
     .. math::
-        \text{out}_{bc} = S_c S_c^\top x_b \quad\text{or, as complement,}\quad x_b - S_c S_c^\top x_b
+        \text{out}_{bc} = S_c S_c^\top x_b
+            \quad \text{or, as complement,} \quad x_b - S_c S_c^\top x_b
 
     Args:
         x: features, ``(..., D)`` with one basis, ``(B, D)`` with several.

@@ -33,7 +33,9 @@ def grassmann_step(
     if 0 in P.shape:
         return P.to(dtype), G.to(dtype)
     H = G - P @ (P.mT @ G)
-    eigenvalues, V = torch.linalg.eigh(H.mT.double() @ H.double())
+    M = H.mT.double() @ H.double()
+    M = M.masked_fill(~M.isfinite().all(-1).all(-1)[:, None, None], 0)  # a NaN of H stays in H
+    eigenvalues, V = torch.linalg.eigh(M)
     eigenvalues = eigenvalues.clamp(min=0)
     length = (lr**2 * eigenvalues.sum(-1)).sqrt()[:, None]
     alpha = -lr * (LONGEST_STEP / length).clamp(max=1)
@@ -64,8 +66,9 @@ def orthonormalized(P: Tensor, dims: Tensor | None, method: str | None) -> Tenso
         padding = torch.diag_embed(unused.to(P.dtype))
     tall = torch.cat([P, padding], -2)
     if method == "polar":
-        U, _, Vh = torch.linalg.svd(tall, full_matrices=False)
-        return (U @ Vh)[..., : P.shape[-2], :]
+        bad = ~tall.isfinite().all(-1).all(-1)[..., None, None]
+        U, _, Vh = torch.linalg.svd(tall.masked_fill(bad, 0), full_matrices=False)
+        return (U @ Vh)[..., : P.shape[-2], :].masked_fill(bad, torch.nan)
     Q, R = torch.linalg.qr(tall if dims is not None else P)
     if method == "qr_signed":
         Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]

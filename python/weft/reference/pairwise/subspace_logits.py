@@ -1,7 +1,7 @@
 """Grassmann class representation: the logit of a class is the length of the projection onto it.
 
-    û_b = x_b / max(‖x_b‖, eps) if normalize else x_b
-    z_bc = S_cᵀ û_b  ∈ R^k,        logit_bc = γ ‖z_bc‖   or, squared,   γ ‖z_bc‖²
+û_b = x_b / max(‖x_b‖, eps) if normalize else x_b
+z_bc = S_cᵀ û_b  ∈ R^k,        logit_bc = γ ‖z_bc‖   or, squared,   γ ‖z_bc‖²
 """
 
 import torch
@@ -16,7 +16,7 @@ def norm(z: Tensor) -> Tensor:
 
 
 def unit(z: Tensor, eps: float = 0.0) -> Tensor:
-    """z / max(‖z‖, eps) over the last dimension; at z = 0 without eps, it and its derivatives are 0."""
+    """z / max(‖z‖, eps) over the last dimension; without eps 0 at 0, with every derivative."""
     scale, zero = _scale(z)
     z = z / scale
     length = z.square().sum(-1).masked_fill(zero, 1).sqrt()

@@ -1,4 +1,4 @@
-"""Orthogonal projection onto the span of each basis: S_c S_cᵀ x_b, or the rest, x_b − S_c S_cᵀ x_b."""
+"""Projection onto the span of each basis: S_c S_cᵀ x_b, or the rest, x_b − S_c S_cᵀ x_b."""
 
 import torch
 from torch import Tensor
