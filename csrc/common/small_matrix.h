@@ -185,15 +185,13 @@ WEFT_HOST_DEVICE void inverse_sqrt(Team team, int k, double* w, double* z, doubl
 }
 
 // The sign that Householder's QR gives to each column of Q, relative to the QR with a positive
-// diagonal of R whose first k rows are `top` (overwritten by the vectors' triangular factor):
-// column j is reflected away from its pivot, unless nothing is left below it (`identity` leading
-// columns are upper triangular already, and the last column of a square matrix has no row below).
+// diagonal of R whose first k rows are `top` (overwritten): a column is reflected away from its
+// pivot, unless nothing is left below it, in rows (`square`, last column) or in length (pivot ±1).
 template <typename Team>
-WEFT_HOST_DEVICE void householder_signs(Team team, int k, double* top, int identity, bool square,
-                                        double* sign) {
+WEFT_HOST_DEVICE void householder_signs(Team team, int k, double* top, bool square, double* sign) {
   for (int j = 0; j < k; ++j) {
     const double at = top[j * k + j], away = at >= 0 ? -1.0 : 1.0;
-    const bool nothing_below = j < identity || (square && j == k - 1);
+    const bool nothing_below = (square && j == k - 1) || fabs(at) >= 1 - 1e-15;
     const double pivot = at - away;
     team.sync();
     if (team.rank() == 0) sign[j] = nothing_below ? -away : away;

@@ -16,6 +16,31 @@ constexpr int kWidth = 128;                                // elements of a colu
 constexpr int kTile = 4;                                   // columns of a register tile
 constexpr int kVectorsAlong = kVectorBytes == 64 ? 4 : 2;  // and its vectors along D, in `combine`
 
+// A walk over the cache lines of rows that a later step reads.
+class Lines {
+ public:
+  Lines() = default;
+  Lines(const void* first, int64_t row_bytes, int64_t rows, int64_t stride_bytes)
+      : at_(static_cast<const char*>(first)),
+        per_row_(ceil_div(row_bytes, 64)),
+        left_(per_row_),
+        rows_(row_bytes > 0 ? rows : 0),
+        jump_(stride_bytes - 64 * per_row_) {}
+
+  int64_t count() const { return rows_ * per_row_; }
+  // Asks for the next n, into the second-level cache.
+  void fetch(int n) {
+    for (; n > 0 && rows_ > 0; --n, at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+      if (--left_ == 0) left_ = per_row_, at_ += jump_, --rows_;
+    }
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t per_row_ = 0, left_ = 0, rows_ = 0, jump_ = 0;
+};
+
 inline int padded(int64_t k) { return int(round_up(k, kTile)); }
 
 // Elements of the vector sums of a Gram matrix.

@@ -1,16 +1,21 @@
 """weft: fused kernels for representation learning. ``python -m weft`` shows what runs here."""
 
-from weft import native  # noqa: F401  loads the native libraries
+from weft import native, nn, optim  # native loads the libraries
 from weft.dispatch import use
 from weft.ops.checks import check_values
 from weft.ops.pairwise.grassmann_step import grassmann_step, grassmann_step_
 from weft.ops.pairwise.subspace_logits import subspace_logits
 from weft.ops.pairwise.subspace_project import subspace_project
+from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
+    "ManifoldParameter",
     "check_values",
     "grassmann_step",
     "grassmann_step_",
+    "native",
+    "nn",
+    "optim",
     "subspace_logits",
     "subspace_project",
     "use",

@@ -14,9 +14,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "common/matrix.h"
+#include "common/grassmann.h"
 #include "common/scratch.h"
-#include "common/small_matrix.h"
 #include "common/tall_skinny.h"
 #include "common/transpose.h"
 #include "cpu/registration.h"
@@ -24,21 +23,16 @@
 namespace weft {
 namespace {
 
+using grassmann::Reorth;
 using small_matrix::OneThread;
 using tall_skinny::kWidth;
-
-// The order is that of REORTH in the public function.
-enum class Reorth { none, qr_signed, polar, newton_schulz, gcr };
+using tall_skinny::Lines;
 
 struct Options {
   double alpha, momentum, gain;
   Reorth reorth;
   bool transport;
 };
-
-constexpr double kLongestStep = 1 << 20;  // radians; beyond, ‖αH‖_F is shortened to it
-constexpr int kRounds = 60;
-constexpr double kNear = 0.25;  // ‖PᵀP − I‖_F where one round of a QR or polar suffices
 
 // (C, D, k), any strides.
 template <typename T>
@@ -47,11 +41,11 @@ struct Operand {
   int64_t stride_c, stride_d, stride_k;
 
   T* at(int64_t c, int64_t d) const { return data + c * stride_c + d * stride_d; }
-  Prefetch prefetch(int64_t c, int64_t C, int64_t D, int64_t k) const {
+  Lines lines(int64_t c, int64_t C, int64_t D, int64_t k) const {
     if (!data || c >= C) return {};
     const int64_t size = sizeof(T);
     if (stride_d == 1) return {at(c, 0), D * size, k, stride_k * size};
-    return stride_k == 1 ? Prefetch(at(c, 0), k * size, D, stride_d * size) : Prefetch();
+    return stride_k == 1 ? Lines(at(c, 0), k * size, D, stride_d * size) : Lines();
   }
 };
 
@@ -112,18 +106,17 @@ class Stepper {
     class_ = c;
     used_ = int(dims_ ? std::clamp<int64_t>(dims_[c], 0, k_) : k_);
     rows_ = tall_skinny::padded(used_);
-    next_basis_ = basis_.prefetch(c + 1, C_, D_, k_);
-    next_buffer_ = buffer_.prefetch(c + 1, C_, D_, k_);
-    next_grad_ = grad_.prefetch(c + 1, C_, D_, k_);
+    next_basis_ = basis_.lines(c + 1, C_, D_, k_);
+    next_buffer_ = buffer_.lines(c + 1, C_, D_, k_);
+    next_grad_ = grad_.lines(c + 1, C_, D_, k_);
     const int64_t tiles = panels_ * tall_skinny::combine_tiles<R>(rows_) * (opt_.transport ? 3 : 2);
-    fetch_ = int(ceil_div(next_basis_.lines(), std::max<int64_t>(tiles, 1)));
+    fetch_ = int(ceil_div(next_basis_.count(), std::max<int64_t>(tiles, 1)));
     clear_padding();
     if (used_ == 0 || D_ == 0) return;
-    double *m = matrix(0), *versine = matrix(1), *sinc = matrix(2);
+    double* m = matrix(0);
     load_and_project();
     tangent(m);
-    const double alpha = functions(m, versine, sinc);
-    move(m, versine, sinc, alpha);
+    move(m);
     if (opt_.reorth != Reorth::none) orthonormalize();
   }
 
@@ -134,11 +127,9 @@ class Stepper {
   int width(int64_t i) const { return int(std::min<int64_t>(kWidth, D_ - i * kWidth)); }
   // A share of the next class, before each register tile of `combine`.
   void fetch() {
-    for (int i = 0; i < fetch_; ++i) {
-      next_basis_.next();
-      next_buffer_.next();
-    }
-    for (int i = 0; grad_.data && i < fetch_; ++i) next_grad_.next();
+    next_basis_.fetch(fetch_);
+    next_buffer_.fetch(fetch_);
+    next_grad_.fetch(fetch_);
   }
   void clear_sums() { std::fill_n(sums_, tall_skinny::sums_size<R>(rows_), R(0)); }
 
@@ -208,25 +199,12 @@ class Stepper {
     tall_skinny::reduce(sums, rows_, used_, true, out);
   }
 
-  // versine and sinc of A; returns α, shortened where ‖αH‖_F is beyond the longest step.
-  double functions(const double* m, double* versine, double* sinc) {
-    const int k = used_;
-    const double length = std::abs(opt_.alpha) * std::sqrt(small_matrix::trace(k, m));
-    const double alpha = length > kLongestStep ? opt_.alpha * (kLongestStep / length) : opt_.alpha;
-    double* a = matrix(3);
-    for (int e = 0; e < k * k; ++e) a[e] = alpha * alpha * m[e];
-    small_matrix::versine_sinc(OneThread(), k, a, versine, sinc, matrix(4));
-    return alpha;
-  }
-
-  void move(const double* m, double* versine, const double* sinc, double alpha) {
-    const int k = used_;
-    double *cosine = matrix(3), *radial = matrix(4);
-    for (int e = 0; e < k * k; ++e) cosine[e] = (e / k == e % k ? 1.0 : 0.0) - versine[e];
-    small_matrix::multiply(OneThread(), k, m, sinc, radial);
-    tall_skinny::coefficients(cosine, k, 1.0, rows_, coefficient(0));
-    tall_skinny::coefficients(sinc, k, alpha, rows_, coefficient(1));
-    tall_skinny::coefficients(radial, k, -alpha, rows_, coefficient(2));
+  void move(const double* m) {
+    double *cosine = matrix(1), *sine = matrix(2), *radial = matrix(3);
+    grassmann::geodesic(OneThread(), used_, opt_.alpha, m, cosine, sine, radial, matrix(4));
+    tall_skinny::coefficients(cosine, used_, 1.0, rows_, coefficient(0));
+    tall_skinny::coefficients(sine, used_, 1.0, rows_, coefficient(1));
+    tall_skinny::coefficients(radial, used_, -1.0, rows_, coefficient(2));
     const bool again = opt_.reorth != Reorth::none;
     clear_sums();
     for (int64_t i = 0; i < panels_; ++i) {
@@ -252,12 +230,15 @@ class Stepper {
   void orthonormalize() {
     const int k = used_;
     double *w = matrix(0), *factor = matrix(1);
+    const double enough = std::is_same_v<R, double> ? 1e-8 : 1e-4;
     bool last = false;
     for (int round = 0; !last; ++round) {
       tall_skinny::reduce(sums_, rows_, k, true, w);
-      double distance = from_identity(w);
-      if (!(distance <= kNear)) exact_gram(p_, w), distance = from_identity(w);
-      last = next_factor(w, distance, round, factor);
+      double distance = grassmann::from_identity(k, w);
+      if (!(distance <= grassmann::kNear))
+        exact_gram(p_, w), distance = grassmann::from_identity(k, w);
+      last = grassmann::orthonormalizer(OneThread(), k, opt_.reorth, round, distance, enough, w,
+                                        factor, matrix(4));
       if (last && opt_.reorth == Reorth::gcr) flip_columns(factor);
       tall_skinny::coefficients(factor, k, 1.0, rows_, coefficient(0));
       clear_sums();
@@ -275,47 +256,15 @@ class Stepper {
     }
   }
 
-  double from_identity(const double* w) const {
-    double sum = 0;
-    for (int e = 0; e < used_ * used_; ++e) {
-      const double difference = w[e] - (e / used_ == e % used_ ? 1.0 : 0.0);
-      sum += difference * difference;
-    }
-    return std::sqrt(sum);
-  }
-
-  // F of one round; true if no other is needed (or none can help: W is not finite).
-  bool next_factor(double* w, double distance, int round, double* factor) {
-    const int k = used_;
-    if (round == kRounds) distance = 0;  // no rank, no end
-    if (opt_.reorth == Reorth::polar) {
-      small_matrix::inverse_sqrt(OneThread(), k, w, factor, matrix(4));
-    } else if (opt_.reorth == Reorth::newton_schulz) {
-      // Converges where ‖P‖² < 3, and squares the distance once it is below 1.
-      const double scale = round == 0 && distance > 1 ? small_matrix::trace(k, w) : 1.0;
-      for (int e = 0; e < k * k; ++e)
-        factor[e] = ((e / k == e % k ? 3.0 : 0.0) - w[e] / scale) / (2 * std::sqrt(scale));
-      return !(distance > (std::is_same_v<R, double> ? 1e-8 : 1e-4));
-    } else {
-      small_matrix::inverse_cholesky(OneThread(), k, w, factor);
-    }
-    return !(distance > kNear) || !std::isfinite(small_matrix::trace(k, factor));
-  }
-
   // The column signs of Householder's QR, into F.
   void flip_columns(double* factor) {
     const int k = used_;
-    double *top = matrix(4), *rotated = matrix(5), *sign = small_ + 9 * k_ * k_;
+    double *top = matrix(4), *sign = small_ + 9 * k_ * k_;
     const auto at = [&](int64_t d, int j) {
       return double(panel(p_, d / kWidth)[j * kWidth + d % kWidth]);
     };
     for (int e = 0; e < k * k; ++e) top[e] = at(e / k, e % k);
-    int triangular = 0;
-    for (bool zero = true; zero && triangular < k; triangular += zero)
-      for (int64_t d = triangular + 1; d < D_ && zero; ++d) zero = at(d, triangular) == 0;
-    small_matrix::multiply(OneThread(), k, top, factor, rotated);
-    small_matrix::householder_signs(OneThread(), k, rotated, triangular, D_ == k, sign);
-    for (int e = 0; e < k * k; ++e) factor[e] *= sign[e % k];
+    grassmann::flip_columns(OneThread(), k, top, D_ == k, factor, matrix(5), sign);
   }
 
   const Operand<T> basis_, buffer_;
@@ -328,7 +277,7 @@ class Stepper {
   int fetch_ = 0;            // lines of each operand per tile
   R *p_, *h_, *temporary_, *sums_, *coefficients_;
   double* small_;
-  Prefetch next_basis_, next_buffer_, next_grad_;
+  Lines next_basis_, next_buffer_, next_grad_;
 };
 
 template <typename T, typename S>

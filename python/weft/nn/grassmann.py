@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from weft.optim.manifold import ManifoldParameter
 from weft.ops.pairwise.subspace_logits import subspace_logits
+from weft.optim.manifold import ManifoldParameter
 
 
 class GrassmannClassifier(nn.Module):
@@ -27,8 +27,8 @@ class GrassmannClassifier(nn.Module):
         device, dtype: of the weight.
 
     Attributes:
-        weight: :class:`weft.ManifoldParameter` of shape ``(C, k, D)``; the rows of ``weight[c]`` are
-            an orthonormal basis. Drawn from a Gaussian and orthonormalised.
+        weight: :class:`weft.ManifoldParameter` of shape ``(C, k, D)``: each ``weight[c]`` has
+            orthonormal rows.
 
     Shapes: features ``(..., D)``, logits ``(..., C)``.
 
@@ -64,7 +64,7 @@ class GrassmannClassifier(nn.Module):
         self.in_features, self.out_features = in_features, num_classes
         self.gamma = float(gamma)
         ragged = None if min(dims) == max(dims) else torch.tensor(dims, device=device)
-        self.register_buffer("dims", ragged, persistent=False)
+        self.register_buffer("dims", ragged)
         shape = (num_classes, max(dims), in_features)
         empty = torch.empty(shape, device=device, dtype=dtype)
         self.weight = ManifoldParameter(empty, "grassmann", dims=ragged)
@@ -88,6 +88,14 @@ class GrassmannClassifier(nn.Module):
         bases = self.weight.mT
         logits = subspace_logits(rows, bases, dims=self.dims, gamma=self.gamma, normalize=True)
         return logits.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn, recurse=True):
+        """A weight that is replaced on its way to a device (from meta, say) keeps its kind."""
+        super()._apply(fn, recurse)
+        if not isinstance(self.weight, ManifoldParameter):
+            self.weight = ManifoldParameter(self.weight, requires_grad=self.weight.requires_grad)
+        self.weight.dims = self.dims
+        return self
 
     def extra_repr(self) -> str:
         k = self.weight.shape[1] if self.dims is None else self.dims.tolist()

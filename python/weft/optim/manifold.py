@@ -1,7 +1,5 @@
 """Parameters that live on a manifold, and that say so to the optimizer."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -75,7 +73,7 @@ def _rebuild(data, kind, requires_grad, dims):
 torch.serialization.add_safe_globals([_rebuild, ManifoldParameter])
 
 
-def _check_dims(dims: Tensor | Sequence, data: Tensor, kind: str) -> None:
+def _check_dims(dims: Tensor, data: Tensor, kind: str) -> None:
     if kind != "grassmann":
         raise ValueError(f"dims are of the Grassmann manifold, not of {kind!r}")
     if not isinstance(dims, Tensor) or dims.dtype != torch.int64:

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
-from weft.ops.pairwise.grassmann_cases import GRASSMANN_STEP, SUBSPACE_PROJECT
+from weft.ops.pairwise.grassmann_cases import GRASSMANN_STEP
 from weft.ops.pairwise.inputs import orthonormal
 from weft.ops.pairwise.project_cases import SUBSPACE_PROJECT
 

@@ -1,12 +1,10 @@
-"""Cases of the Grassmann family's other two ops: the step of the optimizer, and the projection."""
+"""Cases of the Grassmann step."""
 
 import torch
 from torch import Tensor
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
 from weft.ops.pairwise.inputs import orthonormal
-
-# ---- grassmann_step -----------------------------------------------------------------------------
 
 
 def _without_columns(t: Tensor, dims: Tensor | None) -> Tensor:
