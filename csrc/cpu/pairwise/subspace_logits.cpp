@@ -11,14 +11,17 @@
 //               Qᵀ from the saved Z, or from Zᵀ = W Uᵀ computed again
 //               for blocks of classes: ∂W = Qᵀ U;   for blocks of D > of samples: ∂Û += Q W
 // No sum depends on how blocks fall to threads.
+#include "common/convert.h"
 #include "cpu/pairwise/subspace.h"
 
 namespace weft {
 namespace {
 
 constexpr int64_t kSampleBlock = 256;
-constexpr int64_t kRowBlock = 256;  // rows of W, about: a block has whole classes
-constexpr int64_t kFeatureBlock = 256;
+constexpr int64_t kRowBlock = 256;         // rows of W, about: a block has whole classes
+constexpr int64_t kFeatureBlock = 256;     // columns of ∂Û
+constexpr int64_t kResultRows = 64;        // of ∂W in cache, where it is converted or scattered
+constexpr int64_t kDepthBlock = 1024;      // rows of W that one product for ∂Û sums over, about
 constexpr int64_t kGroupBytes = 16 << 20;  // the buffer of Q
 
 struct Options {
@@ -41,37 +44,27 @@ int64_t classes_per_block(int64_t k) {
   return std::max<int64_t>(1, kRowBlock / std::max<int64_t>(k, 1));
 }
 
-// Uᵀ, packed once per block of samples as the right operand of Zᵀ = W Uᵀ.
+// Blocks of an operand, each packed once for all products that read it; block(i) is a Matrix.
+template <typename Packed, typename F>
+std::vector<Packed> pack_blocks(int64_t count, int64_t size, Scratch& storage, F block) {
+  auto* memory = storage.get<typename Packed::Packed>(count * size);
+  std::vector<Packed> packed(size_t(count), Packed(decltype(block(0)){}, memory));
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) packed[size_t(i)] = Packed(block(i), memory + i * size);
+  });
+  return packed;
+}
+
+// Uᵀ by blocks of samples, the right operand of Zᵀ = W Uᵀ.
 template <typename T>
-class PackedSamples {
- public:
-  explicit PackedSamples(Matrix<T> u) : u_(u) {
-    const int64_t blocks = ceil_div(u.rows, kSampleBlock);
-    stride_ = PackedRight<T>::size(u.cols, std::min(kSampleBlock, u.rows));
-    auto* memory = storage_.get<typename PackedRight<T>::Packed>(blocks * stride_);
-    std::vector<PackedRight<T>> packed(size_t(blocks), PackedRight<T>(Matrix<T>{}, nullptr));
-    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Range b = block_of(i, kSampleBlock, {0, u.rows});
-        packed[size_t(i)] = PackedRight<T>(u.block(b.begin, 0, b.size(), u.cols).transposed(),
-                                           memory + i * stride_);
-      }
-    });
-    packed_ = std::move(packed);
-  }
-
-  // Zᵀ = W Uᵀ, (rows of w) × (samples of the block), without û's scale.
-  void project(Matrix<T> w, int64_t block, Acc<T>* z) const {
-    const auto& right = packed_[size_t(block)];
-    gemm(w, right, z, right.cols);
-  }
-
- private:
-  Matrix<T> u_;
-  int64_t stride_;
-  Scratch storage_;
-  std::vector<PackedRight<T>> packed_;
-};
+std::vector<PackedRight<T>> pack_samples(Matrix<T> u, Scratch& storage) {
+  return pack_blocks<PackedRight<T>>(ceil_div(u.rows, kSampleBlock),
+                                     PackedRight<T>::size(u.cols, std::min(kSampleBlock, u.rows)),
+                                     storage, [&](int64_t i) {
+                                       const Range b = block_of(i, kSampleBlock, {0, u.rows});
+                                       return u.block(b.begin, 0, b.size(), u.cols).transposed();
+                                     });
+}
 
 // ‖z‖ of the k values stride apart, where the sum of squares overflowed or vanished.
 template <typename A>
@@ -121,7 +114,8 @@ void forward(const UnitRows<T>& u, const Bases<T>& s, Options opt, T* logits, T*
   using A = Acc<T>;
   const int64_t B = u.rows.rows, per = classes_per_block(s.k);
   const int64_t sample_blocks = ceil_div(B, kSampleBlock);
-  const PackedSamples<T> samples(u.rows);
+  Scratch storage;
+  const auto samples = pack_samples(u.rows, storage);
   parallel_for(0, sample_blocks * ceil_div(s.C, per), 1, [&](int64_t begin, int64_t end) {
     Scratch rows, block;
     A* z = block.get<A>((per * s.k + per) * std::min(B, kSampleBlock));
@@ -131,7 +125,7 @@ void forward(const UnitRows<T>& u, const Bases<T>& s, Options opt, T* logits, T*
       const Range b = block_of(task % sample_blocks, kSampleBlock, {0, B});
       const int64_t n = b.size();
       A* value = z + c.size() * s.k * n;  // (classes, samples)
-      samples.project(s.rows(c.begin, c.end, rows), task % sample_blocks, z);
+      gemm(s.rows(c.begin, c.end, rows), samples[size_t(task % sample_blocks)], z, n);
       finish_projections(z, u, s, c, b);
       for (int64_t i = 0; i < c.size(); ++i)
         lengths(z + i * s.k * n, s.k, n, opt.squared, value + i * n);
@@ -140,8 +134,7 @@ void forward(const UnitRows<T>& u, const Bases<T>& s, Options opt, T* logits, T*
           logits[(b.begin + m) * s.C + c.begin + i] = T(A(opt.gamma) * value[i * n + m]);
       if (projections)
         for (int64_t r = 0; r < c.size() * s.k; ++r)
-          for (int64_t m = 0; m < n; ++m)
-            projections[(c.begin * s.k + r) * B + b.begin + m] = T(z[r * n + m]);
+          convert(z + r * n, projections + (c.begin * s.k + r) * B + b.begin, n);
     }
   });
 }
@@ -153,7 +146,8 @@ using Weight = std::conditional_t<std::is_same_v<T, half>, float, T>;
 // Qᵀ of the classes in `group`, (group·k × B), times û's scale, so that ∂W = Qᵀ x'.
 template <typename T>
 void weights(const UnitRows<T>& u, const Bases<T>& s, Options opt, Matrix<T> grad,
-             const T* projections, const PackedSamples<T>* samples, Range group, Weight<T>* q) {
+             const T* projections, const std::vector<PackedRight<T>>& samples, Range group,
+             Weight<T>* q) {
   using A = Acc<T>;
   const int64_t B = u.rows.rows, per = classes_per_block(s.k);
   const int64_t sample_blocks = ceil_div(B, kSampleBlock);
@@ -169,10 +163,9 @@ void weights(const UnitRows<T>& u, const Bases<T>& s, Options opt, Matrix<T> gra
       A* length = g + c.size() * n;
       if (projections) {
         for (int64_t r = 0; r < c.size() * s.k; ++r)
-          for (int64_t m = 0; m < n; ++m)
-            z[r * n + m] = A(projections[(c.begin * s.k + r) * B + b.begin + m]);
+          convert(projections + (c.begin * s.k + r) * B + b.begin, z + r * n, n);
       } else {
-        samples->project(s.rows(c.begin, c.end, rows), task % sample_blocks, z);
+        gemm(s.rows(c.begin, c.end, rows), samples[size_t(task % sample_blocks)], z, n);
         finish_projections(z, u, s, c, b);
       }
       for (int64_t m = 0; m < n; ++m) {
@@ -181,16 +174,16 @@ void weights(const UnitRows<T>& u, const Bases<T>& s, Options opt, Matrix<T> gra
         for (int64_t i = 0; i < c.size(); ++i) g[i * n + m] = factor * A(from[i * grad.col_stride]);
       }
       for (int64_t i = 0; i < c.size(); ++i) {
-        const A* zi = z + i * s.k * n;
-        A* gi = g + i * n;
+        A* zi = z + i * s.k * n;
+        const A* gi = g + i * n;
         if (opt.squared)
           std::fill_n(length, n, A(0.5));
         else
           lengths(zi, s.k, n, false, length);
-        for (int64_t j = 0; j < s.k; ++j) {
-          Weight<T>* out = q + ((c.begin - group.begin + i) * s.k + j) * B + b.begin;
+        for (int64_t j = 0; j < s.k; ++j, zi += n) {
           for (int64_t m = 0; m < n; ++m)  // a zero projection has no direction: q = 0
-            out[m] = Weight<T>(length[m] == 0 ? A(0) : gi[m] * (zi[j * n + m] / length[m]));
+            zi[m] = length[m] == 0 ? A(0) : gi[m] * (zi[m] / length[m]);
+          convert(zi, q + ((c.begin - group.begin + i) * s.k + j) * B + b.begin, n);
         }
       }
     }
@@ -227,11 +220,17 @@ void bases_gradient(Matrix<T> u, const Bases<T>& s, const Weight<T>* q, Range gr
           continue;
         }
       }
-      A* rows = block.get<A>(left.rows * s.D);
-      gemm(left, right, rows, s.D);
-      for (int64_t r = 0; r < left.rows; ++r, rows += s.D) {
-        T* to = out.data + (c.begin + r / s.k) * out.stride_c + r % s.k * out.stride_k;
-        for (int64_t d = 0; d < s.D; ++d) to[d * out.stride_d] = T(rows[d]);
+      for (int64_t r0 = 0; r0 < left.rows; r0 += kResultRows) {
+        const int64_t n = std::min(kResultRows, left.rows - r0);
+        A* rows = block.get<A>(n * s.D);
+        gemm(left.block(r0, 0, n, B), right, rows, s.D);
+        for (int64_t r = r0; r < r0 + n; ++r, rows += s.D) {
+          T* to = out.data + (c.begin + r / s.k) * out.stride_c + r % s.k * out.stride_k;
+          if (out.stride_d == 1)
+            convert(rows, to, s.D);
+          else
+            for (int64_t d = 0; d < s.D; ++d) to[d * out.stride_d] = T(rows[d]);
+        }
       }
     }
   });
@@ -242,21 +241,31 @@ template <typename T>
 void features_gradient(const Bases<T>& s, const Weight<T>* q, int64_t B, Range group, Acc<T>* out,
                        bool accumulate) {
   const int64_t sample_blocks = ceil_div(B, kSampleBlock);
-  const int64_t step = s.is_matrix() ? group.size() : classes_per_block(s.k);
+  const int64_t per = std::max<int64_t>(1, kDepthBlock / std::max<int64_t>(s.k, 1));
+  const int64_t chunks = ceil_div(group.size(), per);
+  const auto classes = [&](int64_t chunk) { return block_of(chunk, per, group); };
+  Scratch storage;
+  const auto left = pack_blocks<PackedLeft<T>>(
+      chunks * sample_blocks,
+      PackedLeft<T>::size(std::min(kSampleBlock, B), std::min(per, group.size()) * s.k), storage,
+      [&](int64_t i) {
+        const Range c = classes(i / sample_blocks);
+        const Range b = block_of(i % sample_blocks, kSampleBlock, {0, B});
+        const auto qt = row_major(q + (c.begin - group.begin) * s.k * B, c.size() * s.k, B);
+        return qt.block(0, b.begin, qt.rows, b.size()).transposed();
+      });
   parallel_for(0, sample_blocks * ceil_div(s.D, kFeatureBlock), 1, [&](int64_t begin, int64_t end) {
     Scratch rows;
     const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
       const Range d = block_of(task / sample_blocks, kFeatureBlock, {0, s.D});
-      const Range b = block_of(task % sample_blocks, kSampleBlock, {0, B});
+      const int64_t block = task % sample_blocks;
       Bases<T> columns = s;
       columns.data += d.begin * s.stride_d, columns.D = d.size();
-      for (Range c{group.begin, group.begin}; c.end < group.end;) {
-        c = {c.end, std::min(c.end + step, group.end)};
-        const auto qt = row_major(q + (c.begin - group.begin) * s.k * B, c.size() * s.k, B);
-        gemm(qt.block(0, b.begin, qt.rows, b.size()).transposed(),
-             columns.rows(c.begin, c.end, rows), out + b.begin * s.D + d.begin, s.D,
-             accumulate || c.begin > group.begin);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const Range c = classes(chunk);
+        gemm(left[size_t(chunk * sample_blocks + block)], columns.rows(c.begin, c.end, rows),
+             out + block * kSampleBlock * s.D + d.begin, s.D, accumulate || chunk > 0);
       }
     }
   });
@@ -294,11 +303,12 @@ void backward(Matrix<T> grad, const UnitRows<T>& u, const Bases<T>& s, Options o
   A* sums = in_place ? nullptr : sum_storage.get<A>(B * s.D);
   if constexpr (std::is_same_v<T, A>)
     if (in_place) sums = grad_x;
-  std::optional<PackedSamples<T>> samples;
-  if (!projections) samples.emplace(u.rows);
+  Scratch sample_storage;
+  std::vector<PackedRight<T>> samples;
+  if (!projections) samples = pack_samples(u.rows, sample_storage);
   for (Range group{0, 0}; group.end < s.C;) {
     group = {group.end, std::min(group.end + group_size, s.C)};
-    weights(u, s, opt, grad, projections, samples ? &*samples : nullptr, group, q);
+    weights(u, s, opt, grad, projections, samples, group, q);
     bases_gradient(u.rows, s, q, group, grad_bases);
     features_gradient(s, q, B, group, sums, group.begin > 0);
   }
@@ -306,7 +316,7 @@ void backward(Matrix<T> grad, const UnitRows<T>& u, const Bases<T>& s, Options o
   if (opt.normalize)
     through_normalization(u, sums, grad_x);
   else if (!in_place)
-    for (int64_t i = 0; i < B * s.D; ++i) grad_x[i] = T(sums[i]);
+    convert(sums, grad_x, B * s.D);
 }
 
 // ---- registration -------------------------------------------------------------------------------
