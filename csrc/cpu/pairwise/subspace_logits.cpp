@@ -114,10 +114,10 @@ void forward(const UnitRows<T>& u, const Bases<T>& s, Options opt, T* logits, T*
   using A = Acc<T>;
   const int64_t B = u.rows.rows, per = classes_per_block(s.k);
   const int64_t sample_blocks = ceil_div(B, kSampleBlock);
-  Scratch storage;
+  static thread_local Scratch storage;
   const auto samples = pack_samples(u.rows, storage);
   parallel_for(0, sample_blocks * ceil_div(s.C, per), 1, [&](int64_t begin, int64_t end) {
-    Scratch rows, block;
+    static thread_local Scratch rows, block;
     A* z = block.get<A>((per * s.k + per) * std::min(B, kSampleBlock));
     const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
@@ -152,7 +152,7 @@ void weights(const UnitRows<T>& u, const Bases<T>& s, Options opt, Matrix<T> gra
   const int64_t B = u.rows.rows, per = classes_per_block(s.k);
   const int64_t sample_blocks = ceil_div(B, kSampleBlock);
   parallel_for(0, sample_blocks * ceil_div(group.size(), per), 1, [&](int64_t begin, int64_t end) {
-    Scratch rows, block;
+    static thread_local Scratch rows, block;
     const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
       const Range c = block_of(task / sample_blocks, per, group);
@@ -205,11 +205,11 @@ void bases_gradient(Matrix<T> u, const Bases<T>& s, const Weight<T>* q, Range gr
   const int64_t B = u.rows, per = classes_per_block(s.k);
   const bool in_place =
       std::is_same_v<T, A> && out.stride_d == 1 && out.stride_c == s.k * out.stride_k;
-  Scratch packed;
+  static thread_local Scratch packed;
   const PackedRight<T> right(
       u, packed.get<typename PackedRight<T>::Packed>(PackedRight<T>::size(u.rows, u.cols)));
   parallel_for(0, ceil_div(group.size(), per), 1, [&](int64_t begin, int64_t end) {
-    Scratch block;
+    static thread_local Scratch block;
     const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
       const Range c = block_of(task, per, group);
@@ -244,7 +244,7 @@ void features_gradient(const Bases<T>& s, const Weight<T>* q, int64_t B, Range g
   const int64_t per = std::max<int64_t>(1, kDepthBlock / std::max<int64_t>(s.k, 1));
   const int64_t chunks = ceil_div(group.size(), per);
   const auto classes = [&](int64_t chunk) { return block_of(chunk, per, group); };
-  Scratch storage;
+  static thread_local Scratch storage;
   const auto left = pack_blocks<PackedLeft<T>>(
       chunks * sample_blocks,
       PackedLeft<T>::size(std::min(kSampleBlock, B), std::min(per, group.size()) * s.k), storage,
@@ -255,7 +255,7 @@ void features_gradient(const Bases<T>& s, const Weight<T>* q, int64_t B, Range g
         return qt.block(0, b.begin, qt.rows, b.size()).transposed();
       });
   parallel_for(0, sample_blocks * ceil_div(s.D, kFeatureBlock), 1, [&](int64_t begin, int64_t end) {
-    Scratch rows;
+    static thread_local Scratch rows;
     const ProductSession<T> session;
     for (int64_t task = begin; task < end; ++task) {
       const Range d = block_of(task / sample_blocks, kFeatureBlock, {0, s.D});
@@ -297,13 +297,13 @@ void backward(Matrix<T> grad, const UnitRows<T>& u, const Bases<T>& s, Options o
   const int64_t B = u.rows.rows, per = classes_per_block(s.k);
   const int64_t bytes = std::max<int64_t>(1, per * s.k * B * int64_t(sizeof(Weight<T>)));
   const int64_t group_size = std::min(s.C, per * std::max<int64_t>(1, kGroupBytes / bytes));
-  Scratch storage, sum_storage;
+  static thread_local Scratch storage, sum_storage;
   Weight<T>* q = storage.get<Weight<T>>(group_size * s.k * B);
   const bool in_place = std::is_same_v<T, A> && !opt.normalize;
   A* sums = in_place ? nullptr : sum_storage.get<A>(B * s.D);
   if constexpr (std::is_same_v<T, A>)
     if (in_place) sums = grad_x;
-  Scratch sample_storage;
+  static thread_local Scratch sample_storage;
   std::vector<PackedRight<T>> samples;
   if (!projections) samples = pack_samples(u.rows, sample_storage);
   for (Range group{0, 0}; group.end < s.C;) {
