@@ -44,6 +44,20 @@ def check_float(**tensors: Tensor) -> None:
             )
 
 
+def check_dims(dims: Tensor | None, C: int, k: int, device: torch.device) -> None:
+    """Subspace dimensions of C classes, at most k: None or ``(C,)`` int64."""
+    if dims is None:
+        return
+    if not isinstance(dims, Tensor) or dims.dtype != torch.int64:
+        raise TypeError(f"dims must be an int64 tensor, got {getattr(dims, 'dtype', type(dims))}")
+    if dims.shape != (C,) or dims.device != device:
+        raise ValueError(
+            f"dims must be ({C},) on {device}, got {tuple(dims.shape)} on {dims.device}"
+        )
+    if values_are_checked(dims) and C and not 0 <= int(dims.min()) <= int(dims.max()) <= k:
+        raise ValueError(f"dims must be in [0, {k}], got {int(dims.min())} to {int(dims.max())}")
+
+
 def check_orthonormal(name: str, bases: Tensor, dims: Tensor | None = None) -> None:
     """``bases[..., :, j]`` are orthonormal; columns from ``dims`` on are not looked at."""
     columns = bases.double() if bases.dtype == torch.float64 else bases.float()

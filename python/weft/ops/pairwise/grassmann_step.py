@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from weft.dispatch import Implementation
-from weft.ops.checks import check_float, values_are_checked
+from weft.ops.checks import check_dims, check_float
 from weft.ops.pairwise.subspace_logits import gradient_like
 from weft.ops.registration import Op, cpu, cuda, reference, register_no_gradient
 from weft.reference.pairwise import grassmann_step as formula
@@ -142,19 +142,6 @@ def _arguments(basis, buffer, lr, grad, momentum, dampening, dims, reorth, trans
     transport = reorth != "gcr" if transport is None else bool(transport)
     scalars = (float(lr), float(momentum), float(dampening))
     return basis, buffer, grad, dims, *scalars, reorth, transport
-
-
-def check_dims(dims: Tensor | None, C: int, k: int, device: torch.device) -> None:
-    if dims is None:
-        return
-    if not isinstance(dims, Tensor) or dims.dtype != torch.int64:
-        raise TypeError(f"dims must be an int64 tensor, got {getattr(dims, 'dtype', type(dims))}")
-    if dims.shape != (C,) or dims.device != device:
-        raise ValueError(
-            f"dims must be ({C},) on {device}, got {tuple(dims.shape)} on {dims.device}"
-        )
-    if values_are_checked(dims) and C and not 0 <= int(dims.min()) <= int(dims.max()) <= k:
-        raise ValueError(f"dims must be in [0, {k}], got {int(dims.min())} to {int(dims.max())}")
 
 
 def _native(known: Implementation) -> Implementation:

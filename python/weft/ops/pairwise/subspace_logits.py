@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weft.dispatch import transformed
-from weft.ops.checks import autocast, check_float, check_orthonormal, values_are_checked
+from weft.ops.checks import autocast, check_dims, check_float, check_orthonormal
 from weft.ops.registration import (
     Op,
     cpu,
@@ -90,16 +90,7 @@ def _check(x, bases, dims, gamma, eps):
         raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
-    if dims is None:
-        return
-    if not isinstance(dims, Tensor) or dims.dtype != torch.int64:
-        raise TypeError(f"dims must be an int64 tensor, got {getattr(dims, 'dtype', type(dims))}")
-    if dims.shape != (C,) or dims.device != x.device:
-        raise ValueError(
-            f"dims must be ({C},) on {x.device}, got {tuple(dims.shape)} on {dims.device}"
-        )
-    if values_are_checked(dims) and C and not 0 <= int(dims.min()) <= int(dims.max()) <= k:
-        raise ValueError(f"dims must be in [0, {k}], got {int(dims.min())} to {int(dims.max())}")
+    check_dims(dims, C, k, x.device)
 
 
 def gradient_like(bases: Tensor) -> Tensor:
