@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import IMPLEMENTATIONS, running
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import weft
 from weft.ops.cases import randn
 from weft.ops.pairwise import subspace_logits as module
-from weft.ops.pairwise.cases import orthonormal
+from weft.ops.pairwise.inputs import orthonormal
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 HEAD = {"normalize": True, "gamma": 25.0}
@@ -126,8 +128,8 @@ def test_ragged_equals_separate_classes(implementation):
 def test_gradient_layout(implementation):
     """The gradient of a layer's transposed view is again a view of (C, k, D)."""
     x, bases = randn(4, 6), orthonormal(3, 6, 2, torch.float32, "cpu")
-    for given in (bases, bases.contiguous()):
-        leaf = given.detach().requires_grad_()
+    for layout in (bases, bases.contiguous()):
+        leaf = layout.detach().requires_grad_()
         with running(implementation):
             (grad,) = torch.autograd.grad(weft.subspace_logits(x, leaf).sum(), leaf)
         assert grad.stride() == leaf.stride()
@@ -183,3 +185,40 @@ def test_check_accepts_orthonormal_bases():
     bases[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="orthonormal"):
         weft.subspace_logits(x, bases, check=True)
+
+
+@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i.startswith("cpu")])
+def test_any_shape_and_layout(implementation):
+    """Sizes, strides, ragged dimensions and options that nobody chose, against the reference."""
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(
+        sizes=st.tuples(st.integers(0, 70), st.integers(0, 40), st.integers(1, 90)),
+        k=st.integers(0, 9),
+        layout=st.sampled_from(["layer", "contiguous", "sliced"]),
+        ragged=st.booleans(),
+        squared=st.booleans(),
+        normalize=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def check(sizes, k, layout, ragged, squared, normalize, seed):
+        B, C, D = sizes
+        k, dtype = min(k, D), torch.float64
+        x = randn(B, D, dtype=dtype, seed=seed).requires_grad_()
+        bases = randn(C, k, D, dtype=dtype, seed=seed + 1).mT
+        if layout == "contiguous":
+            bases = bases.contiguous()
+        elif layout == "sliced":
+            bases = torch.stack([bases, bases], dim=-1).flatten(-2)[..., ::2]
+        bases = bases.detach().requires_grad_()
+        dims = torch.arange(C) % (k + 1) if ragged else None
+        results = []
+        for name in (implementation, "reference"):
+            with running(name):
+                options = dict(dims=dims, gamma=3.0, squared=squared, normalize=normalize)
+                out = weft.subspace_logits(x, bases, **options)
+                results.append((out, *torch.autograd.grad(out.sin().sum(), (x, bases))))
+        for one, two in zip(*results, strict=True):
+            torch.testing.assert_close(one, two)
+
+    check()

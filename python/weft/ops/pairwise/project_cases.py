@@ -83,8 +83,9 @@ SUBSPACE_PROJECT = OpCases(
     bad=[
         _bad(ValueError, r"bases must be \(D, k\) or \(C, D, k\)", bases=(7,)),
         _bad(ValueError, "k must be <= D", bases=(7, 8)),
-        _bad(ValueError, r"x must be \(\.\.\., D\) with D = 7", x=(5, 6)),
-        _bad(ValueError, r"x must be \(B, D\)", x=(2, 5, 7)),
+        _bad(ValueError, r"x must be \(B, 7\)", x=(5, 6)),
+        _bad(ValueError, r"x must be \(B, 7\)", x=(2, 5, 7)),
+        _bad(ValueError, r"x must be \(\.\.\., 7\)", x=(5, 6), bases=(7, 2)),
         _bad(TypeError, "bases must have the dtype of x", x_dtype=torch.float64),
         _bad(TypeError, "x must be float64", x_dtype=torch.int64),
         _bad(ValueError, "orthonormal", check=True),
