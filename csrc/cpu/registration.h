@@ -9,9 +9,6 @@
 
 #include <optional>
 #include <tuple>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 // Each instruction-set level is a library of its own with a namespace of its own (WEFT_CPU is
 // weft_cpu_generic, weft_cpu_avx2, ...), so that one process can load several.
@@ -33,22 +30,6 @@ const T* data(const Tensor& tensor) {
 template <typename T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// An uninitialised tensor like `like`. A large one asks for large pages: writing 64 MB of fresh
-// 4 KB pages takes longer than the product that fills them.
-inline Tensor new_result(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor result = torch::stable::new_empty(like, sizes);
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t first =
-      (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + page - 1) & -page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) +
-                          uintptr_t(result.numel()) * result.element_size()) &
-                         -page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return result;
 }
 
 // Calls f with a value of the tensor's floating type.

@@ -103,10 +103,12 @@ struct BasesResult {
   explicit BasesResult(const Tensor& bases)
       : stride_d(bases.stride(1) == 1 ? 1 : bases.size(2)),
         stride_k(bases.stride(1) == 1 ? bases.size(1) : 1),
-        tensor(bases.stride(1) == 1
-                   ? torch::stable::transpose(
-                         new_result(bases, {bases.size(0), bases.size(2), bases.size(1)}), 1, 2)
-                   : new_result(bases, {bases.size(0), bases.size(1), bases.size(2)})) {}
+        tensor(bases.stride(1) == 1 ? torch::stable::transpose(
+                                          torch::stable::new_empty(
+                                              bases, {bases.size(0), bases.size(2), bases.size(1)}),
+                                          1, 2)
+                                    : torch::stable::new_empty(
+                                          bases, {bases.size(0), bases.size(1), bases.size(2)})) {}
 };
 
 }  // namespace weft

@@ -335,8 +335,9 @@ std::tuple<Tensor, Tensor> subspace_logits(const Tensor& x, const Tensor& bases,
                                            bool squared, bool normalize, double eps, bool save) {
   check(x, bases, dims);
   const int64_t B = x.size(0), C = bases.size(0), k = bases.size(2);
-  Tensor logits = new_result(x, {B, C});
-  Tensor projections = save ? new_result(x, {C, k, B}) : new_result(x, {0});
+  Tensor logits = torch::stable::new_empty(x, {B, C});
+  Tensor projections =
+      save ? torch::stable::new_empty(x, {C, k, B}) : torch::stable::new_empty(x, {0});
   with_float(x, [&](auto type) {
     using T = decltype(type);
     forward<T>({matrix<T>(x), normalize, eps}, bases_of<T>(bases, dims),
@@ -359,7 +360,7 @@ std::tuple<Tensor, Tensor> subspace_logits_backward(const Tensor& grad, const Te
   const bool saved = projections.dim() == 3;
   STD_TORCH_CHECK(!saved || (projections.numel() == C * k * B && projections.is_contiguous()),
                   "subspace_logits_backward: projections must be (C, k, B)");
-  Tensor grad_x = new_result(x, {B, D});
+  Tensor grad_x = torch::stable::new_empty(x, {B, D});
   const BasesResult grad_bases(bases);
   with_float(x, [&](auto type) {
     using T = decltype(type);

@@ -30,7 +30,7 @@ def bench(given: argparse.Namespace) -> int:
         return 2
     names = given.dtype or ("float32", "bfloat16")
     dtypes = tuple(getattr(torch, name) for name in names)
-    settings = Settings(device, dtypes, given.quick, seconds=0.3 if given.quick else 1.5)
+    settings = Settings(device, dtypes, given.quick, seconds=0.3 if given.quick else 0.5)
     with console.progress() as advance:
         report = run(settings, given.family, advance)
     rows: list[Row] = report["rows"]
