@@ -8,7 +8,7 @@ from conftest import IMPLEMENTATIONS, running
 
 import weft
 from weft.ops.cases import randn
-from weft.ops.pairwise.inputs import orthonormal
+from weft.ops.pairwise.cases.inputs import orthonormal
 
 NATIVE = [i for i in IMPLEMENTATIONS if not i.startswith("triton")]
 every_implementation = pytest.mark.parametrize("implementation", NATIVE)

@@ -11,7 +11,7 @@ from torch import nn
 import weft
 from weft import ManifoldParameter
 from weft.ops.cases import randn
-from weft.ops.pairwise.inputs import orthonormal
+from weft.ops.pairwise.cases.inputs import orthonormal
 from weft.optim import RiemannianSGD
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import weft
 from weft.ops.cases import randn
 from weft.ops.pairwise import subspace_logits as module
-from weft.ops.pairwise.inputs import orthonormal
+from weft.ops.pairwise.cases.inputs import orthonormal
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 HEAD = {"normalize": True, "gamma": 25.0}

@@ -6,7 +6,7 @@ from conftest import IMPLEMENTATIONS, name_and_device, running
 
 import weft
 from weft.ops.cases import randn
-from weft.ops.pairwise.inputs import orthonormal
+from weft.ops.pairwise.cases.inputs import orthonormal
 from weft.ops.pairwise.subspace_project import forward
 
 DECLARED = {known.name for known in forward.dispatcher.implementations}

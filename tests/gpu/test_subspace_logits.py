@@ -5,7 +5,8 @@ import torch
 
 import weft
 from weft.ops.cases import randn
-from weft.ops.pairwise.cases import orthonormal, plain_subspace_logits
+from weft.ops.pairwise.cases.inputs import orthonormal
+from weft.ops.pairwise.cases.subspace_logits import plain_subspace_logits
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,7 +7,8 @@ import torch
 from contract import assert_accurate, largest_error, name_of
 
 from weft.ops.cases import randn
-from weft.ops.pairwise.cases import orthonormal, plain_subspace_logits
+from weft.ops.pairwise.cases.inputs import orthonormal
+from weft.ops.pairwise.cases.subspace_logits import plain_subspace_logits
 from weft.ops.registration import INTERPRETED
 from weft.reference.pairwise import subspace_logits as reference
 

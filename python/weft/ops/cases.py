@@ -1,6 +1,7 @@
-"""The vocabulary of ``ops/<family>/cases.py``: what the contract suite and the benchmarks run.
+"""The vocabulary of ``ops/<family>/cases/<op>.py``: what the contract suite and the benchmarks run.
 
-A family's module lists its ops in ``CASES``; nothing else has to be told of a new op.
+A module of ``cases`` lists its public functions in ``CASES``; nothing else has to be told of a new
+one.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,5 +81,7 @@ def discover() -> Iterator[tuple[str, OpCases]]:
 
     for module in iter_modules(ops.__path__):
         if module.ispkg:
-            for cases in import_module(f"weft.ops.{module.name}.cases").CASES:
-                yield module.name, cases
+            folder = import_module(f"weft.ops.{module.name}.cases")
+            for one in iter_modules(folder.__path__, f"{folder.__name__}."):
+                for cases in getattr(import_module(one.name), "CASES", ()):
+                    yield module.name, cases

@@ -3,7 +3,7 @@
 import torch
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
-from weft.ops.pairwise.inputs import orthonormal
+from weft.ops.pairwise.cases.inputs import orthonormal
 
 
 def plain_subspace_project(x, bases, complement=False, *, check=False):
@@ -91,3 +91,5 @@ SUBSPACE_PROJECT = OpCases(
         _bad(ValueError, "orthonormal", check=True),
     ],
 )
+
+CASES = [SUBSPACE_PROJECT]

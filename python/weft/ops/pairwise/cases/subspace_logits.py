@@ -1,14 +1,10 @@
-"""Cases of the pairwise family."""
+"""Cases of the subspace logits."""
 
 import torch
 from torch.nn import functional as F
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
-from weft.ops.pairwise.grassmann_cases import GRASSMANN_STEP
-from weft.ops.pairwise.inputs import orthonormal
-from weft.ops.pairwise.project_cases import SUBSPACE_PROJECT
-
-# ---- subspace_logits ----------------------------------------------------------------------------
+from weft.ops.pairwise.cases.inputs import orthonormal
 
 
 def plain_subspace_logits(
@@ -110,4 +106,4 @@ SUBSPACE_LOGITS = OpCases(
     ],
 )
 
-CASES = [SUBSPACE_LOGITS, SUBSPACE_PROJECT, GRASSMANN_STEP]
+CASES = [SUBSPACE_LOGITS]

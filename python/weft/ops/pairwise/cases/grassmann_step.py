@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
-from weft.ops.pairwise.inputs import orthonormal
+from weft.ops.pairwise.cases.inputs import orthonormal
 
 
 def _without_columns(t: Tensor, dims: Tensor | None) -> Tensor:
@@ -137,3 +137,5 @@ GRASSMANN_STEP = OpCases(
     differentiable=False,
     transformable=False,
 )
+
+CASES = [GRASSMANN_STEP]
