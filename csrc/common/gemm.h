@@ -95,6 +95,9 @@ struct PackedRight {
       : data(memory), rows(b.rows), cols(b.cols), depth(round_up(b.rows, row_unit)) {
     product::pack_columns<Engine>(b, memory, depth);
   }
+  // Memory that was packed before.
+  PackedRight(const Packed* packed, int64_t rows, int64_t cols)
+      : data(packed), rows(rows), cols(cols), depth(round_up(rows, row_unit)) {}
 
   // Part of the operand, without copying: first_row a multiple of row_unit (and rows too, unless
   // the block ends with the operand), first_col of panel_columns.

@@ -50,7 +50,7 @@ def apply_function(v: Tensor, function: str, parameter: float) -> Tensor:
 
 
 def base_values(x: Tensor, y: Tensor, base: str) -> Tensor:
-    """u: (..., D) and (..., D), broadcast, to (...); the differences are formed, so nothing cancels."""
+    """u: (..., D) and (..., D), broadcast, to (...). Differences are formed: nothing cancels."""
     if base == "dot":
         return (x * y).sum(-1)
     difference = x - y
