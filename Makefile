@@ -11,6 +11,8 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Two processes: most of a test's time is Python.
+PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
 # setuptools warns of every editable install.
 PIP := PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet
 # Stamp files: each names what is installed, so that a second make has nothing to do.
@@ -24,12 +26,12 @@ run: $(VENV)/.demo
 	$(RUN) -m weft demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest tests
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests
+	$(PYTEST) tests
+	TRITON_INTERPRET=1 $(PYTEST) tests
 
 test-all: $(VENV)/.test
-	$(RUN) -m pytest tests --slow
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests --slow
+	$(PYTEST) tests --slow
+	TRITON_INTERPRET=1 $(PYTEST) tests --slow
 
 bench: $(VENV)/.demo
 	$(RUN) -m weft bench --json out/bench.json --plot out
