@@ -87,14 +87,15 @@ def values_and_gradients(call: Call, function=None, seed: int = 7):
     results = tensors(call.with_leaves(leaves, function) if leaves else call(function))
     if not leaves:
         return results, []
+    graded = [r for r in results if r.is_floating_point()]  # indices have no gradient
     generator = torch.Generator().manual_seed(seed)
     upstream = [
         torch.randn(r.shape, dtype=torch.float64, generator=generator)
         .to(call.upstream_dtype)
         .to(r.device, r.dtype)
-        for r in results
+        for r in graded
     ]
-    return [r.detach() for r in results], list(torch.autograd.grad(results, leaves, upstream))
+    return [r.detach() for r in results], list(torch.autograd.grad(graded, leaves, upstream))
 
 
 @contextlib.contextmanager
@@ -125,14 +126,18 @@ def poisoned_memory():
 
 
 def largest_error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).abs().max()) if truth.numel() else 0.0
+    difference = (found.double() - truth.double()).masked_fill(found == truth, 0)  # inf - inf
+    return float(difference.abs().max()) if truth.numel() else 0.0
 
 
 def assert_accurate(found: Tensor, truth: Tensor, plain_error: float, factor: float) -> None:
     """The error is at most `factor` times that of plain PyTorch, or 2 ulp of the largest truth."""
     assert found.shape == truth.shape
-    if truth.numel():
-        error, largest = largest_error(found, truth), float(truth.abs().max())
+    if not found.is_floating_point():  # indices and counts have no rounding error
+        assert torch.equal(found, truth)
+    elif truth.numel():
+        error = largest_error(found, truth)
+        largest = float(torch.where(truth.isfinite(), truth, 0).abs().max())
         ulp = torch.finfo(found.dtype).eps * largest
         assert error <= max(factor * plain_error, 2 * ulp), (error, plain_error, ulp)
 

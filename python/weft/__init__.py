@@ -4,6 +4,8 @@ from weft import native, nn, optim  # native loads the libraries
 from weft.dispatch import use
 from weft.ops.checks import check_values
 from weft.ops.pairwise.grassmann_step import grassmann_step, grassmann_step_
+from weft.ops.pairwise.nearest import nearest
+from weft.ops.pairwise.segment_max import maxsim, prototype_similarity
 from weft.ops.pairwise.subspace_logits import subspace_logits
 from weft.ops.pairwise.subspace_project import subspace_project
 from weft.optim.manifold import ManifoldParameter
@@ -13,9 +15,12 @@ __all__ = [
     "check_values",
     "grassmann_step",
     "grassmann_step_",
+    "maxsim",
     "native",
+    "nearest",
     "nn",
     "optim",
+    "prototype_similarity",
     "subspace_logits",
     "subspace_project",
     "use",

@@ -105,7 +105,7 @@ def register_gradient_by_reference(op: Op, formula: Callable, arguments: list[in
     """The gradient of ``op`` is that of ``formula``, plain PyTorch with the same arguments.
 
     For ops that are themselves backwards: second derivatives need no kernel. ``arguments`` are the
-    positions that ``op`` is differentiable in.
+    positions that ``op`` is differentiable in, where a tensor is given.
     """
 
     def setup(ctx, inputs, output):
@@ -117,16 +117,17 @@ def register_gradient_by_reference(op: Op, formula: Callable, arguments: list[in
     def backward(ctx, *grads):
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if t else v for t, v in zip(ctx.is_tensor, ctx.others, strict=True)]
+        given = [position for position in arguments if ctx.is_tensor[position]]
 
         def of_differentiable(*values):
             full = list(inputs)
-            for position, value in zip(arguments, values, strict=True):
+            for position, value in zip(given, values, strict=True):
                 full[position] = value
             return formula(*full)
 
-        _, vjp = torch.func.vjp(of_differentiable, *(inputs[i] for i in arguments))
+        _, vjp = torch.func.vjp(of_differentiable, *(inputs[i] for i in given))
         result = [None] * len(inputs)
-        for position, grad in zip(arguments, vjp(grads), strict=True):
+        for position, grad in zip(given, vjp(grads), strict=True):
             result[position] = grad
         return tuple(result)
 
