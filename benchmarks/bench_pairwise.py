@@ -1,8 +1,6 @@
 """The pairwise family: its peers, and its benchmarks under pytest."""
 
-from weft.benchmarks.providers import Peer
-
-PEERS: list[Peer] = []
+from weft.benchmarks.peers_pairwise import PEERS as PEERS
 
 
 def test_pairwise(measured):
