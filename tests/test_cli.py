@@ -22,7 +22,9 @@ LIMITS = Limits(1e10, {torch.float32: 1e11})
 
 
 def quick_case():
-    return next(iter(cases_of(Settings(dtypes=(torch.float32,), quick=True), "pairwise")))
+    """Of an op with gradients."""
+    found = cases_of(Settings(dtypes=(torch.float32,), quick=True), "pairwise")
+    return next(case for case in found if case.cases.name == "subspace_logits")
 
 
 @pytest.mark.parametrize("rich", [True, False])
