@@ -4,6 +4,7 @@ from weft import native, nn, optim  # native loads the libraries
 from weft.dispatch import use
 from weft.ops.checks import check_values
 from weft.ops.pairwise.grassmann_step import grassmann_step, grassmann_step_
+from weft.ops.pairwise.masks import PairMask
 from weft.ops.pairwise.nearest import nearest
 from weft.ops.pairwise.segment_max import maxsim, prototype_similarity
 from weft.ops.pairwise.subspace_logits import subspace_logits
@@ -12,6 +13,7 @@ from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
     "ManifoldParameter",
+    "PairMask",
     "check_values",
     "grassmann_step",
     "grassmann_step_",

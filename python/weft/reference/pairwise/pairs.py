@@ -100,6 +100,22 @@ def pair_values_at(
     return apply_function(v + pair.shift, pair.function, pair.parameter)
 
 
-def mask_values(s: Tensor, mask: Tensor | None, fill: float) -> Tensor:
-    """``fill`` where the mask is False, whatever stood there."""
-    return s if mask is None else torch.where(mask, s, s.new_tensor(fill))
+def allowed_pairs(
+    N: int,
+    M: int,
+    device: torch.device,
+    mask: Tensor | None = None,
+    x_labels: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    same: bool = True,
+    off_diagonal: bool = False,
+) -> Tensor | None:
+    """(N, M) bool, True where every part allows the pair; None where all are allowed."""
+    allowed = mask
+    if x_labels is not None:
+        of_labels = (x_labels[:, None] == y_labels) == same
+        allowed = of_labels if allowed is None else allowed & of_labels
+    if off_diagonal:
+        distinct = torch.arange(N, device=device)[:, None] != torch.arange(M, device=device)
+        allowed = distinct if allowed is None else allowed & distinct
+    return allowed
