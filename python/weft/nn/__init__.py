@@ -1,11 +1,76 @@
 """Layers and losses."""
 
+from weft.nn.class_statistics import ClassStatistics
+from weft.nn.compatibility import (
+    HigherOrderCompatibilityLoss,
+    average_compatibility,
+    backward_compatibility,
+    feature_distillation_loss,
+    forward_compatibility,
+)
+from weft.nn.component_classifiers import RBFClassifier, probability_margin_loss
+from weft.nn.fixed_classifiers import ETFClassifier, SimplexClassifier
 from weft.nn.grassmann import GrassmannClassifier
+from weft.nn.incremental import (
+    logit_normalized_cross_entropy,
+    sample_class_features,
+    slow_learner_groups,
+    translate_features,
+)
+from weft.nn.mahalanobis import MahalanobisHead, class_aware_alignment_loss
+from weft.nn.orthogonal import (
+    BasisTransformation,
+    OrthogonalCompatibleLayer,
+    backward_compatible_loss,
+    orthogonal_linear,
+)
+from weft.nn.projections import (
+    ConceptProjection,
+    concept_basis,
+    knn_anomaly_score,
+    prompt_differences,
+    remove_directions,
+)
+from weft.nn.prototype_classifiers import (
+    CosineClassifier,
+    NearestMeanClassifier,
+    TEENClassifier,
+    calibrate_prototypes,
+)
 from weft.nn.triplet import TripletLoss
 from weft.nn.vector_quantizer import VectorQuantizer
 
 __all__ = [
+    "BasisTransformation",
+    "ClassStatistics",
+    "ConceptProjection",
+    "CosineClassifier",
+    "ETFClassifier",
     "GrassmannClassifier",
+    "HigherOrderCompatibilityLoss",
+    "MahalanobisHead",
+    "NearestMeanClassifier",
+    "OrthogonalCompatibleLayer",
+    "RBFClassifier",
+    "SimplexClassifier",
+    "TEENClassifier",
     "TripletLoss",
     "VectorQuantizer",
+    "average_compatibility",
+    "backward_compatibility",
+    "backward_compatible_loss",
+    "calibrate_prototypes",
+    "class_aware_alignment_loss",
+    "concept_basis",
+    "feature_distillation_loss",
+    "forward_compatibility",
+    "knn_anomaly_score",
+    "logit_normalized_cross_entropy",
+    "orthogonal_linear",
+    "probability_margin_loss",
+    "prompt_differences",
+    "remove_directions",
+    "sample_class_features",
+    "slow_learner_groups",
+    "translate_features",
 ]
