@@ -24,6 +24,7 @@ from weft.nn.orthogonal import (
     backward_compatible_loss,
     orthogonal_linear,
 )
+from weft.nn.partial_fc import PartialFC
 from weft.nn.projections import (
     ConceptProjection,
     concept_basis,
@@ -51,6 +52,7 @@ __all__ = [
     "MahalanobisHead",
     "NearestMeanClassifier",
     "OrthogonalCompatibleLayer",
+    "PartialFC",
     "RBFClassifier",
     "SimplexClassifier",
     "TEENClassifier",

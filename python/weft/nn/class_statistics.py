@@ -17,14 +17,18 @@ class _Moments(NamedTuple):
 
 
 def segment_stats(x: Tensor, labels: Tensor, num_classes: int, *, covariance: bool) -> _Moments:
-    count = torch.zeros(num_classes, dtype=torch.int64, device=x.device)
-    count.index_add_(0, labels, torch.ones_like(labels))
-    mean = x.new_zeros(num_classes, x.shape[1]).index_add_(0, labels, x)
-    mean /= count.clamp(min=1)[:, None]
+    """Moments of one batch: sums over the sorted samples, which repeat bit for bit."""
+    order = labels.argsort(stable=True)
+    x, labels = x[order], labels[order]
+    count = torch.bincount(labels, minlength=num_classes)
+    total = torch.segment_reduce(x, "sum", lengths=count, initial=0)
+    mean = total / count.clamp(min=1)[:, None]
     residual = x - mean[labels]
-    products = residual[:, :, None] * residual[:, None] if covariance else residual.square()
-    m2 = x.new_zeros(num_classes, *products.shape[1:]).index_add_(0, labels, products)
-    return _Moments(count, mean, m2)
+    if not covariance:
+        m2 = torch.segment_reduce(residual.square(), "sum", lengths=count, initial=0)
+        return _Moments(count, mean, m2)
+    parts = residual.split(count.tolist())
+    return _Moments(count, mean, torch.stack([part.mT @ part for part in parts]))
 
 
 class ClassStatistics(nn.Module):
