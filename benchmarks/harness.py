@@ -49,18 +49,18 @@ class Settings:
     memory: bool = True
 
 
-def cases_of(settings: Settings, family: str | None = None) -> Iterator[Case]:
+def cases_of(settings: Settings, name: str | None = None) -> Iterator[Case]:
     """Every workload, dtype by dtype, made when it is reached. For a quick run an op gives the
     workloads that are marked so, or its first."""
-    for name, cases in discover():
-        if family not in (None, name):
+    for family, cases in discover():
+        if name not in (None, family, cases.name):
             continue
         chosen = cases.workloads
         if settings.quick:
             chosen = [w for w in cases.workloads if w.quick] or cases.workloads[:1]
         for workload in chosen:
             for dtype in settings.dtypes:
-                yield Case(name, cases, workload, dtype, settings.device)
+                yield Case(family, cases, workload, dtype, settings.device)
 
 
 def run_case(case: Case, limits: Limits, settings: Settings) -> list[Row]:
@@ -156,7 +156,7 @@ class implementations:
 
 def run(
     settings: Settings,
-    family: str | None = None,
+    name: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
     done: Callable[[list[Row]], None] = lambda rows: None,
 ) -> dict:
@@ -164,7 +164,7 @@ def run(
     progress("measuring this machine")
     limits = measure_limits(settings.device, list(settings.dtypes))
     rows: list[Row] = []
-    for case in cases_of(settings, family):
+    for case in cases_of(settings, name):
         progress(case.name)
         rows += (new := run_case(case, limits, settings))
         done(new)

@@ -64,6 +64,7 @@ def _provider_of_peer(peer: Peer) -> Provider:
         return Provider(peer.name, None, str(error))
 
 
-def families() -> list[str]:
-    """The families that have cases."""
-    return sorted({family for family, _ in discover()})
+def names() -> list[str]:
+    """The families that have cases, and their ops."""
+    found = list(discover())
+    return sorted({family for family, _ in found}) + [cases.name for _, cases in found]

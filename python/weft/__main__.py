@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="time every op beside plain PyTorch, torch.compile and installed peers"
     )
-    bench.add_argument("family", nargs="?", help="one family; all of them if left out")
+    bench.add_argument("name", nargs="?", help="one family or one op; all if left out")
     bench.add_argument("--quick", action="store_true", help="small workloads, short runs")
     bench.add_argument(
         "--dtype",

@@ -6,7 +6,7 @@ import torch
 
 from weft.benchmarks.harness import Row, Settings, run, save
 from weft.benchmarks.machine import is_busy
-from weft.benchmarks.providers import families, peers_of
+from weft.benchmarks.providers import names, peers_of
 from weft.cli.console import Cell, Console, missing_extra
 
 COLUMNS = (
@@ -18,8 +18,8 @@ RIGHT = range(4, 10)
 
 def bench(given: argparse.Namespace) -> int:
     console = Console()
-    if given.family is not None and given.family not in families():
-        console.error(f"no family {given.family!r}; there are: {', '.join(families())}")
+    if given.name is not None and given.name not in names():
+        console.error(f"no family or op {given.name!r}; there are: {', '.join(names())}")
         return 2
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -28,11 +28,10 @@ def bench(given: argparse.Namespace) -> int:
     if given.plot is not None and (why := missing_extra("--plot", "matplotlib")):
         console.error(why)
         return 2
-    names = given.dtype or ("float32", "bfloat16")
-    dtypes = tuple(getattr(torch, name) for name in names)
+    dtypes = tuple(getattr(torch, name) for name in given.dtype or ("float32", "bfloat16"))
     settings = Settings(device, dtypes, given.quick, seconds=0.3 if given.quick else 0.5)
     with console.progress() as advance:
-        report = run(settings, given.family, advance)
+        report = run(settings, given.name, advance)
     rows: list[Row] = report["rows"]
     show_machine(console, report)
     for op in dict.fromkeys(row.op for row in rows):
