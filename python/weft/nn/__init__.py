@@ -1,5 +1,6 @@
 """Layers and losses."""
 
+from weft.nn.case_prototypes import CaseBasedLoss, PrototypeLayer
 from weft.nn.class_statistics import ClassStatistics
 from weft.nn.compatibility import (
     HigherOrderCompatibilityLoss,
@@ -32,17 +33,20 @@ from weft.nn.projections import (
     prompt_differences,
     remove_directions,
 )
+from weft.nn.protopnet import ProtoPNetHead, ProtoPNetLoss
 from weft.nn.prototype_classifiers import (
     CosineClassifier,
     NearestMeanClassifier,
     TEENClassifier,
     calibrate_prototypes,
 )
+from weft.nn.st_protopnet import STProtoPNetHead, STProtoPNetLoss
 from weft.nn.triplet import TripletLoss
 from weft.nn.vector_quantizer import VectorQuantizer
 
 __all__ = [
     "BasisTransformation",
+    "CaseBasedLoss",
     "ClassStatistics",
     "ConceptProjection",
     "CosineClassifier",
@@ -53,7 +57,12 @@ __all__ = [
     "NearestMeanClassifier",
     "OrthogonalCompatibleLayer",
     "PartialFC",
+    "ProtoPNetHead",
+    "ProtoPNetLoss",
+    "PrototypeLayer",
     "RBFClassifier",
+    "STProtoPNetHead",
+    "STProtoPNetLoss",
     "SimplexClassifier",
     "TEENClassifier",
     "TripletLoss",

@@ -36,6 +36,18 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], num_classes:
             raise ValueError(f"{name} must be in [0, {num_classes}), got {low} to {high}")
 
 
+def check_label_vector(name: str, labels: Tensor, x: Tensor) -> None:
+    """A label, of any value, for each row of x."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        kind = getattr(labels, "dtype", type(labels))
+        raise TypeError(f"{name} must be an int64 tensor, got {kind}")
+    if labels.shape != x.shape[:1] or labels.device != x.device:
+        raise ValueError(
+            f"{name} must be ({len(x)},) on {x.device}, "
+            f"got {tuple(labels.shape)} on {labels.device}"
+        )
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Statistics, distances and norms are computed in float32 or wider."""
     return x if x.dtype == torch.float64 else x.float()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weft.nn.checks import at_least_float32, check_features, full_precision
+from weft.nn.checks import at_least_float32, check_features, check_label_vector, full_precision
 
 MINING = ("semihard", "hard", "all")
 PAIRS_AT_A_TIME = 1 << 20
@@ -150,18 +150,6 @@ def _semihard(distance, positive, negative, margin):
     below = distance[anchor, near]
     kept &= (far[anchor, first] < below + margin) & (far[anchor, first] > below)
     return anchor[kept], near[kept], order[anchor, first][kept]
-
-
-def check_label_vector(name: str, labels: Tensor, x: Tensor) -> None:
-    """A label, of any value, for each row of x."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        kind = getattr(labels, "dtype", type(labels))
-        raise TypeError(f"{name} must be an int64 tensor, got {kind}")
-    if labels.shape != x.shape[:1] or labels.device != x.device:
-        raise ValueError(
-            f"{name} must be ({len(x)},) on {x.device}, "
-            f"got {tuple(labels.shape)} on {labels.device}"
-        )
 
 
 def blocks(x: Tensor) -> list[Tensor]:
