@@ -12,6 +12,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.reference.pairwise import nearest as formula
 from weft.reference.pairwise.pairs import Pair
@@ -160,12 +161,23 @@ def _reference_backward(*args):
     return tuple(g.contiguous() for g in _formula_backward(*args))
 
 
+def _refuses_on_triton(*args) -> str | None:
+    """A row's candidates stay in registers, and a column's number has 31 bits."""
+    y, k = args[1], args[-2]
+    if k > 32:
+        return f"keeps at most 32 neighbours of a row, not {k}"
+    return "takes less than 2^31 rows of y" if y.shape[0] >= 2**31 else None
+
+
 forward = Op(
     "pairwise_select",
     f"({SCHEMA}, Tensor? mask, SymInt k, bool largest) -> (Tensor values, Tensor indices)",
     family="pairwise",
     fake=_fake,
-    implementations=[reference(_reference)],
+    implementations=[
+        triton("pairwise.nearest", "pairwise_select", _refuses_on_triton),
+        reference(_reference),
+    ],
 )
 backward = Op(
     "pairwise_select_backward",
@@ -173,7 +185,10 @@ backward = Op(
     "Tensor grad_row_factor, Tensor grad_column_factor, Tensor grad_bias)",
     family="pairwise",
     fake=_fake_backward,
-    implementations=[reference(_reference_backward)],
+    implementations=[
+        triton("pairwise.nearest_backward", "pairwise_select_backward"),
+        reference(_reference_backward),
+    ],
 )
 
 
