@@ -1,77 +1,68 @@
-// Which pairs (i, j) of a problem count: weft/reference/pairwise/masks.py says it in PyTorch.
+// Which pairs (i, j) count: those that a bool matrix, labels and the diagonal all allow.
 #pragma once
 #include <optional>
 
+#include "common/matrix.h"
+#include "common/simd.h"
 #include "cpu/registration.h"
 
 namespace weft {
 
 struct PairMask {
-  const bool* dense = nullptr;  // any strides; null allows all
-  int64_t row_stride = 0, column_stride = 0;
-  const int64_t *row_labels = nullptr, *column_labels = nullptr;  // null: no condition on labels
-  bool same = true;
-  bool exclude_diagonal = false;
+  const bool* allowed = nullptr;  // (N, M), any strides
+  int64_t row_stride = 0, col_stride = 0;
+  const int64_t *x_labels = nullptr, *y_labels = nullptr;
+  bool same = true, off_diagonal = false;
 
-  bool allows_all() const { return !dense && !row_labels && !exclude_diagonal; }
-
-  bool allows(int64_t i, int64_t j) const {
-    if (exclude_diagonal && i == j) return false;
-    if (dense && !dense[i * row_stride + j * column_stride]) return false;
-    return !row_labels || (row_labels[i] == column_labels[j]) == same;
+  PairMask() = default;
+  PairMask(const std::optional<Tensor>& mask, const std::optional<Tensor>& x_labels_,
+           const std::optional<Tensor>& y_labels_, bool same, bool off_diagonal, int64_t N,
+           int64_t M)
+      : same(same), off_diagonal(off_diagonal) {
+    if (mask) {
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
+                          mask->size(0) == N && mask->size(1) == M,
+                      "weft: mask must be (N, M) bool");
+      allowed = data<bool>(*mask), row_stride = mask->stride(0), col_stride = mask->stride(1);
+    }
+    STD_TORCH_CHECK(x_labels_.has_value() == y_labels_.has_value(),
+                    "weft: labels of x and of y go together");
+    if (!x_labels_) return;
+    x_labels = labels(*x_labels_, N), y_labels = labels(*y_labels_, M);
   }
 
-  // s[j] = value for the columns j0 + j, 0 <= j < n, that row i is masked from.
+  bool empty() const { return !allowed && !x_labels && !off_diagonal; }
+
+  bool operator()(int64_t i, int64_t j) const {
+    return (!allowed || allowed[i * row_stride + j * col_stride]) &&
+           (!x_labels || (x_labels[i] == y_labels[j]) == same) && !(off_diagonal && i == j);
+  }
+
+  // s[j] = fill where (i, j0 + j) does not count, for j < m.
   template <typename A>
-  void fill(int64_t i, int64_t j0, int64_t n, A* s, A value) const {
-    if (dense) {
-      const bool* allowed = dense + i * row_stride + j0 * column_stride;
-      if (column_stride == 1)
-        for (int64_t j = 0; j < n; ++j) s[j] = allowed[j] ? s[j] : value;
-      else
-        for (int64_t j = 0; j < n; ++j) s[j] = allowed[j * column_stride] ? s[j] : value;
+  void apply(int64_t i, int64_t j0, int64_t m, A* s, A fill) const {
+    if (allowed) {
+      const bool* row = allowed + i * row_stride + j0 * col_stride;
+      for (int64_t j = 0; j < m; ++j) s[j] = row[j * col_stride] ? s[j] : fill;
     }
-    if (row_labels) {
-      const int64_t label = row_labels[i], *labels = column_labels + j0;
+    if (x_labels) {
+      const int64_t label = x_labels[i];
+      const int64_t* columns = y_labels + j0;
       if (same)
-        for (int64_t j = 0; j < n; ++j) s[j] = labels[j] == label ? s[j] : value;
+        for (int64_t j = 0; j < m; ++j) s[j] = columns[j] == label ? s[j] : fill;
       else
-        for (int64_t j = 0; j < n; ++j) s[j] = labels[j] != label ? s[j] : value;
+        for (int64_t j = 0; j < m; ++j) s[j] = columns[j] != label ? s[j] : fill;
     }
-    if (exclude_diagonal && i >= j0 && i < j0 + n) s[i - j0] = value;
+    if (off_diagonal && i >= j0 && i < j0 + m) s[i - j0] = fill;
+  }
+
+ private:
+  static const int64_t* labels(const Tensor& labels, int64_t n) {
+    STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
+                        labels.size(0) == n && labels.is_contiguous(),
+                    "weft: labels must be contiguous int64, one for each row");
+    return data<int64_t>(labels);
   }
 };
-
-// From the arguments of the schema; labels are contiguous.
-inline PairMask pair_mask(const Tensor& x, const Tensor& y, const std::optional<Tensor>& dense,
-                          const std::optional<Tensor>& row_labels,
-                          const std::optional<Tensor>& column_labels, bool same,
-                          bool exclude_diagonal) {
-  PairMask mask;
-  const int64_t N = x.size(0), M = y.size(0);
-  if (dense) {
-    STD_TORCH_CHECK(dense->dim() == 2 && dense->size(0) == N && dense->size(1) == M &&
-                        dense->scalar_type() == ScalarType::Bool,
-                    "weft: mask must be (N, M) bool");
-    mask.dense = data<bool>(*dense);
-    mask.row_stride = dense->stride(0);
-    mask.column_stride = dense->stride(1);
-  }
-  STD_TORCH_CHECK(row_labels.has_value() == column_labels.has_value(),
-                  "weft: labels must be given for both sides");
-  const auto labels = [](const Tensor& t, int64_t n) {
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n && t.scalar_type() == ScalarType::Long &&
-                        (n <= 1 || t.stride(0) == 1),
-                    "weft: labels must be contiguous int64, one for each row");
-    return data<int64_t>(t);
-  };
-  if (row_labels) {
-    mask.row_labels = labels(*row_labels, N);
-    mask.column_labels = labels(*column_labels, M);
-  }
-  mask.same = same;
-  mask.exclude_diagonal = exclude_diagonal;
-  return mask;
-}
 
 }  // namespace weft

@@ -1,6 +1,6 @@
-"""Masks of pairs: which (i, j) count, without a stored matrix where labels or positions say it."""
+"""Masks of pairs: which columns a row may see, without an (N, M) matrix."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,117 +8,112 @@ from torch.utils._pytree import register_pytree_node
 
 from weft.reference.pairwise.masks import allowed_pairs
 
-SCHEMA = "Tensor? mask, Tensor? row_labels, Tensor? column_labels, bool same, bool exclude_diagonal"
+SCHEMA = "Tensor? mask, Tensor? x_labels, Tensor? y_labels, bool same, bool off_diagonal"
 
 
 @dataclass(frozen=True)
 class PairMask:
-    """The pairs of rows (x_i, y_j) that count: those that all of its conditions allow.
+    """The pairs (i, j) that count: those that every part given allows.
 
-    ``PairMask.same_labels(a, b) & PairMask.off_diagonal()`` are the positives of a batch with
-    itself. A bool tensor ``(N, M)`` is a mask too, and goes with the others by ``&``.
+    Attributes:
+        allowed: ``(N, M)`` bool, any strides, True where the pair counts.
+        x_labels, y_labels: ``(N,)`` and ``(M,)`` int64: the pairs of equal labels (``equal``) or of
+            different ones.
+        off_diagonal: without the pairs i = j, the ones of a row with itself.
+
+    ``PairMask.same(a, b) & PairMask.distinct()`` joins parts; a mask has one pair of label vectors.
     """
 
-    dense: Tensor | None = None
-    row_labels: Tensor | None = None
-    column_labels: Tensor | None = None
-    same: bool = True
-    exclude_diagonal: bool = False
+    allowed: Tensor | None = None
+    x_labels: Tensor | None = None
+    y_labels: Tensor | None = None
+    equal: bool = True
+    off_diagonal: bool = False
 
     @classmethod
-    def same_labels(cls, rows: Tensor, columns: Tensor) -> "PairMask":
-        """Pairs whose labels, ``(N,)`` and ``(M,)`` int64, are equal."""
-        return cls(row_labels=rows, column_labels=columns, same=True)
+    def same(cls, x_labels: Tensor, y_labels: Tensor) -> "PairMask":
+        """Pairs of equal labels."""
+        return cls(x_labels=x_labels, y_labels=y_labels)
 
     @classmethod
-    def different_labels(cls, rows: Tensor, columns: Tensor) -> "PairMask":
-        """Pairs whose labels differ."""
-        return cls(row_labels=rows, column_labels=columns, same=False)
+    def different(cls, x_labels: Tensor, y_labels: Tensor) -> "PairMask":
+        """Pairs of different labels."""
+        return cls(x_labels=x_labels, y_labels=y_labels, equal=False)
 
     @classmethod
-    def off_diagonal(cls) -> "PairMask":
-        """All pairs but (i, i)."""
-        return cls(exclude_diagonal=True)
+    def distinct(cls) -> "PairMask":
+        """Pairs i ≠ j: of the rows of one matrix, without each row's pair with itself."""
+        return cls(off_diagonal=True)
 
-    def __and__(self, other: "PairMask | Tensor") -> "PairMask":
-        other = PairMask(other) if isinstance(other, Tensor) else other
-        if self.row_labels is not None and other.row_labels is not None:
-            raise ValueError("mask: two conditions on labels; give the second as a bool tensor")
-        labelled = self if self.row_labels is not None else other
-        dense = [m.dense for m in (self, other) if m.dense is not None]
+    def __and__(self, other: "PairMask") -> "PairMask":
+        if self.x_labels is not None and other.x_labels is not None:
+            raise ValueError("mask: both parts have labels; join them into one pair of vectors")
+        labelled = self if self.x_labels is not None else other
+        if self.allowed is None or other.allowed is None:
+            allowed = other.allowed if self.allowed is None else self.allowed
+        else:
+            allowed = self.allowed & other.allowed
         return PairMask(
-            dense[0] & dense[1] if len(dense) == 2 else (dense[0] if dense else None),
-            labelled.row_labels,
-            labelled.column_labels,
-            labelled.same,
-            self.exclude_diagonal or other.exclude_diagonal,
+            allowed,
+            labelled.x_labels,
+            labelled.y_labels,
+            labelled.equal,
+            self.off_diagonal or other.off_diagonal,
         )
-
-    __rand__ = __and__
 
     @property
-    def T(self) -> "PairMask":
-        """The same pairs with the roles of x and y exchanged."""
-        dense = None if self.dense is None else self.dense.T
-        return replace(
-            self, dense=dense, row_labels=self.column_labels, column_labels=self.row_labels
-        )
+    def mT(self) -> "PairMask":
+        """The mask of the pairs (j, i)."""
+        allowed = None if self.allowed is None else self.allowed.mT
+        return PairMask(allowed, self.y_labels, self.x_labels, self.equal, self.off_diagonal)
 
     def block(self, first: int, count: int, M: int, device: torch.device) -> Tensor | None:
-        """Rows [first, first + count) as a bool tensor, or None where all pairs count."""
-        part = slice(first, first + count)
-        dense = None if self.dense is None else self.dense[part]
-        labels = None if self.row_labels is None else self.row_labels[part]
-        others = (self.column_labels, self.same, self.exclude_diagonal)
-        return allowed_pairs(count, M, device, dense, labels, *others, first)
-
-    def to_dense(self, N: int, M: int, device: torch.device) -> Tensor | None:
-        """All pairs, (N, M) bool, or None where all count."""
-        return self.block(0, N, M, device)
+        """Rows [first, first + count) as a bool tensor, ``(count, M)``; None where all count."""
+        rows = slice(first, first + count)
+        allowed = None if self.allowed is None else self.allowed[rows]
+        x_labels = None if self.x_labels is None else self.x_labels[rows]
+        others = (self.y_labels, self.equal, self.off_diagonal)
+        return allowed_pairs(count, M, device, allowed, x_labels, *others, first)
 
     def arguments(self) -> tuple:
         """In the order of ``SCHEMA``."""
-        return (
-            self.dense,
-            self.row_labels,
-            self.column_labels,
-            self.same,
-            self.exclude_diagonal,
-        )
+        labels = (None if t is None else t.contiguous() for t in (self.x_labels, self.y_labels))
+        return self.allowed, *labels, self.equal, self.off_diagonal
 
 
 register_pytree_node(
     PairMask,
-    lambda m: ([m.dense, m.row_labels, m.column_labels], (m.same, m.exclude_diagonal)),
+    lambda m: ([m.allowed, m.x_labels, m.y_labels], (m.equal, m.off_diagonal)),
     lambda tensors, flags: PairMask(*tensors, *flags),
     serialized_type_name="weft.PairMask",
 )
 
 
-def pair_mask(mask: "PairMask | Tensor | None", x: Tensor, y: Tensor) -> PairMask:
-    """What ``mask=`` of a public function means for rows x and y, checked."""
+def mask_of(mask: Tensor | PairMask | None, x: Tensor, y: Tensor) -> PairMask:
+    """``mask`` as a ``PairMask`` of the rows of x and y, checked."""
     if mask is None:
         return PairMask()
     if isinstance(mask, Tensor):
         mask = PairMask(mask)
     if not isinstance(mask, PairMask):
-        raise TypeError(f"mask must be a bool tensor or a PairMask, got {type(mask).__name__}")
+        raise TypeError(f"mask must be a bool tensor or a weft.PairMask, got {type(mask).__name__}")
     N, M = x.shape[0], y.shape[0]
-    _check(mask.dense, torch.bool, (N, M), x.device, "a bool tensor")
-    if (mask.row_labels is None) != (mask.column_labels is None):
-        raise ValueError("mask: labels must be given for rows and columns, or for neither")
-    for labels, size in ((mask.row_labels, N), (mask.column_labels, M)):
-        _check(labels, torch.int64, (size,), x.device, "of int64 labels")
+    if mask.allowed is not None:
+        _check("mask", mask.allowed, (N, M), torch.bool, x.device)
+    if (mask.x_labels is None) != (mask.y_labels is None):
+        raise ValueError("mask must have both x_labels and y_labels, or neither")
+    if mask.x_labels is not None:
+        _check("mask.x_labels", mask.x_labels, (N,), torch.int64, x.device)
+        _check("mask.y_labels", mask.y_labels, (M,), torch.int64, x.device)
     return mask
 
 
-def _check(part, dtype: torch.dtype, shape: tuple, device: torch.device, what: str) -> None:
-    if part is None:
-        return
-    if not isinstance(part, Tensor) or part.dtype != dtype:
-        raise TypeError(f"mask must be {what}, got {getattr(part, 'dtype', type(part).__name__)}")
-    if part.shape != shape or part.device != device:
-        expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+def _check(name: str, tensor: Tensor, shape: tuple, dtype: torch.dtype, device) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        kind = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be a {kind} tensor, got {getattr(tensor, 'dtype', tensor)}")
+    if tensor.shape != shape or tensor.device != device:
         raise ValueError(
-            f"mask must be ({expected}) on {device}, got {tuple(part.shape)} on {part.device}"
+            f"{name} must be {tuple(shape)} on {device}, got {tuple(tensor.shape)} on "
+            f"{tensor.device}"
         )
