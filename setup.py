@@ -24,6 +24,7 @@ ISA_FLAGS = {
     "generic": "",
     "avx2": AVX2,
     "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
     "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
 }
 CPU_LEVELS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]

@@ -54,8 +54,8 @@ def measure(product: Product, dtype: torch.dtype, rounds: int = 15) -> dict[str,
     """FLOP/s of the peak, of gemm, of gemm with both operands packed before, and of torch.mm."""
     gemm = native.cpu_op("microkernel_gemm")
     limit = native.cpu_op("microkernel_fma_rate")
-    if dtype == BF16 and native.cpu_level == "amx":
-        limit = native.cpu_op("microkernel_amx_bfloat16_rate")
+    if dtype == BF16 and native.cpu_level in ("avx512_bf16", "amx"):
+        limit = native.cpu_op("microkernel_bfloat16_rate")
     a, b = product.operands(dtype)
     c = torch.empty(product.rows, product.cols)
     out = c.to(dtype)

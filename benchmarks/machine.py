@@ -121,9 +121,9 @@ def inner_loop_rates() -> dict[torch.dtype, float]:
     fma = native.cpu_op("microkernel_fma_rate")
     threads = torch.get_num_threads()
     rates = {d: threads * fma(torch.empty(0, dtype=d)) for d in (torch.float32, torch.float64)}
-    amx = native.cpu_op("microkernel_amx_bfloat16_rate")(torch.empty(0))
-    if amx:
-        rates[torch.bfloat16] = threads * amx
+    bfloat16 = native.cpu_op("microkernel_bfloat16_rate")(torch.empty(0))
+    if bfloat16:
+        rates[torch.bfloat16] = threads * bfloat16
     return rates
 
 

@@ -3,9 +3,9 @@
 //   gemm(a, b, c, ldc, accumulate)      a, b: Matrix, PackedLeft or PackedRight; C row-major
 //
 // Element types: double; float; bfloat16 and half with float sums; or float on one side with
-// bfloat16 or half on the other. Where the processor has AMX a product with a bfloat16 operand runs
-// there, and a float operand is then rounded to bfloat16 while it is packed; all others are
-// converted upwards and run in vector registers.
+// bfloat16 or half on the other. Where the processor multiplies bfloat16 (AMX tiles, or pairs in
+// vector registers) a product with a bfloat16 operand runs there, and a float operand is then
+// rounded to bfloat16 while it is packed; all others are converted upwards and run in float.
 //
 // Loop order: columns in blocks of block_columns > k in blocks of block_depth > rows in blocks of
 // block_rows, packed, which stay in the second-level cache > one panel of B > tiles of C. A panel
@@ -15,6 +15,7 @@
 // not on how a caller cuts the rows or the columns.
 #pragma once
 #include "common/gemm_amx.h"
+#include "common/gemm_bf16.h"
 #include "common/gemm_vector.h"
 #include "common/matrix.h"
 #include "common/scratch.h"
@@ -30,6 +31,8 @@ struct ProductOf {
   static constexpr bool any_half = std::is_same_v<A, half> || std::is_same_v<B, half>;
 #if defined(__AMX_BF16__)
   using type = std::conditional_t<any_bfloat16 && !any_half, AmxProduct, VectorProduct<Acc<A>>>;
+#elif defined(__AVX512BF16__)
+  using type = std::conditional_t<any_bfloat16 && !any_half, Bf16Product, VectorProduct<Acc<A>>>;
 #else
   using type = VectorProduct<Acc<A>>;
 #endif
@@ -152,10 +155,8 @@ struct LeftMatrix {
     const Matrix<S> part = a.block(row, k0, m, depth);
     const int64_t n = Engine::panels(m);
     if constexpr (std::is_same_v<typename Engine::Packed, S>) {
-      // Packing pays where each element is read often; AMX reads whole tiles only.
-      const bool whole =
-          Engine::depth_unit == 1 || (m % 16 == 0 && depth % Engine::depth_unit == 0);
-      if (whole && a.col_stride == 1 && cols <= 8 * Engine::columns)
+      // Packing pays where each element is read often.
+      if (a.col_stride == 1 && cols <= 8 * Engine::columns && Engine::reads_in_place(m, depth))
         return {{part.data, m, depth, part.row_stride, 1}, 0, n, 0, row};
     }
     auto* packed = Buffers<Engine>::mine().left.template get<typename Engine::Packed>(

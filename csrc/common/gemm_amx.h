@@ -4,8 +4,8 @@
 //   for k: c[i][j] += A[i] B[j], i, j in {0, 1}
 // Both operands are packed as 1 KB tiles of 16 rows by 64 bytes, [16 rows or columns][k /
 // 32][tile]. A row of an A tile is 32 consecutive k; a row of a B tile is the pair (k, k + 1) of 16
-// columns. In 32-bit words (pairs along k) one is the transpose of the other, so one function packs
-// both. AMX takes denormals as zero.
+// columns. In 32-bit words (pairs along k) one is the transpose of the other (bfloat16_pairs.h).
+// AMX takes denormals as zero.
 #pragma once
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
@@ -15,9 +15,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/bfloat16_pairs.h"
 #include "common/matrix.h"
-#include "common/simd.h"
-#include "common/transpose.h"
 
 namespace weft {
 
@@ -65,6 +64,11 @@ struct AmxProduct {
       _tile_loadconfig(&config);
     }
   };
+
+  // Whether a left operand with contiguous rows need not be packed: whole tiles only.
+  static bool reads_in_place(int64_t rows, int64_t depth) {
+    return rows % 16 == 0 && depth % 32 == 0;
+  }
 
   static int64_t panels(int64_t rows) { return ceil_div(rows, 32); }
   static int64_t panel_start(int64_t rows, int64_t i) { return std::min(32 * i, rows); }
@@ -210,79 +214,10 @@ struct AmxProduct {
   // pairs_first: words stored [pair of k][index], otherwise [index][pair of k].
   template <bool pairs_first, typename S>
   static void pack_tile(Matrix<S> x, bfloat16* target) {
-    const int n = int(x.rows), depth = int(x.cols);
-    if (x.col_stride == 1) {
-      n == 16 && depth == 32
-          ? pack_rows<pairs_first, true>(x.data, x.row_stride, n, depth, target)
-          : pack_rows<pairs_first, false>(x.data, x.row_stride, n, depth, target);
-    } else if (x.row_stride == 1) {
-      n == 16 && depth == 32
-          ? pack_pairs<pairs_first, true>(x.data, x.col_stride, n, depth, target)
-          : pack_pairs<pairs_first, false>(x.data, x.col_stride, n, depth, target);
-    } else {
-      alignas(64) bfloat16 part[16][32] = {};
-      for (int i = 0; i < n; ++i)
-        for (int k = 0; k < depth; ++k) part[i][k] = bfloat16(float(*x.at(i, k)));
-      pack_rows<pairs_first, true>(part[0], 32, 16, 32, target);
-    }
-  }
-
-  using Words = Registers<float>::Bits;
-
-  // From memory where k is contiguous: a vector is one index, all k.
-  template <bool pairs_first, bool whole, typename S>
-  static void pack_rows(const S* x, int64_t stride, int n, int depth, bfloat16* target) {
-    Words word[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      word[i] = whole || i < n ? (Words)load32<whole>(x + i * stride, depth) : Words{};
-    store<pairs_first>(word, target);
-  }
-
-  // From memory where the index is contiguous: a vector is one pair of k, all indices.
-  template <bool pairs_first, bool whole, typename S>
-  static void pack_pairs(const S* x, int64_t stride, int n, int depth, bfloat16* target) {
-    Words word[16];
-#pragma GCC unroll 16
-    for (int g = 0; g < 16; ++g) {
-      const S* even = x + 2 * g * stride;
-      const __m256i zero = _mm256_setzero_si256();
-      const __m256i a = whole || 2 * g < depth ? load16<whole>(even, n) : zero;
-      const __m256i b = whole || 2 * g + 1 < depth ? load16<whole>(even + stride, n) : zero;
-      word[g] = (Words)_mm512_or_si512(
-          _mm512_maskz_cvtepu16_epi32(0xffff, a),
-          _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, b), 16));
-    }
-    store<!pairs_first>(word, target);
-  }
-
-  template <bool transposed>
-  static void store(Words (&word)[16], bfloat16* target) {
-    if constexpr (transposed) transpose_block<16>(word);
+    Bfloat16Pairs::Words word[16];
+    Bfloat16Pairs::load<pairs_first>(x, word);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) _mm512_store_si512(target + 32 * i, (__m512i)word[i]);
-  }
-
-  // 32 or 16 consecutive elements as bfloat16: all of them, or the first n.
-  template <bool whole>
-  static __m512i load32(const bfloat16* p, int n) {
-    return whole || n == 32 ? _mm512_loadu_si512(p)
-                            : _mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
-  }
-  template <bool whole>
-  static __m256i load16(const bfloat16* p, int n) {
-    return whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                 : _mm256_maskz_loadu_epi16(first_lanes(n), p);
-  }
-  template <bool whole>
-  static __m512i load32(const float* p, int n) {
-    const VecF low = whole ? VecF::load(p) : VecF::load(p, std::min(n, 16));
-    const VecF high = whole ? VecF::load(p + 16) : VecF::load(p + 16, std::max(n - 16, 0));
-    return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
-  }
-  template <bool whole>
-  static __m256i load16(const float* p, int n) {
-    return (__m256i)_mm512_cvtneps_pbh((whole ? VecF::load(p) : VecF::load(p, n)).v);
   }
 };
 

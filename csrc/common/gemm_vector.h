@@ -1,17 +1,14 @@
 // C (+)= A B in vector registers, for float and double, at every instruction-set level.
 //
-// A tile of C, H rows by V vectors, stays in registers while k runs:
-//   for k: b[v] = B[k, v];  for i < H: c[i, v] += A[i, k] b[v]
-// B is packed in panels of V vectors, [panel][k][columns]; A in panels of H rows, [panel][k][rows].
-// The rows are split evenly over the panels (64 = 4 x 13 + 12), so none is padding. Every element
-// is one chain of multiply-adds in the order of k: no split of the rows or columns changes its
-// bits.
+// Tiles of C stay in registers while k runs (register_tile.h). B is packed in panels of two
+// vectors, [panel][k][columns]; A in panels of H rows, [panel][k][rows]. The rows are split evenly
+// over the panels (64 = 4 x 13 + 12), so none is padding. Every element is one chain of
+// multiply-adds in the order of k: no split of the rows or columns changes its bits.
 #pragma once
 #include <algorithm>
-#include <array>
-#include <utility>
 
 #include "common/matrix.h"
+#include "common/register_tile.h"
 #include "common/simd.h"
 #include "common/transpose.h"
 
@@ -22,16 +19,10 @@ struct VectorProduct {
   using Packed = T;
   using Sum = T;
 
-  static constexpr int W = Vec<T>::size;
-  // As many accumulators as the registers hold, beside the V of B and one of A.
-#if defined(__AVX512F__)
-  static constexpr int max_height = 14;
-#elif defined(__AVX2__)
-  static constexpr int max_height = 6;
-#else
-  static constexpr int max_height = 4;
-#endif
-  static constexpr int64_t columns = 2 * W;
+  using Tile = RegisterTile<T>;
+  static constexpr int W = Tile::W;
+  static constexpr int max_height = Tile::max_height;
+  static constexpr int64_t columns = Tile::columns;
   static constexpr int64_t depth_unit = 1;
 
   // Cache blocks: 18 panels of A, block_depth deep, fill half of the second-level cache.
@@ -44,6 +35,9 @@ struct VectorProduct {
   struct Session {
     Session() {}
   };
+
+  // Whether a left operand with contiguous rows need not be packed.
+  static bool reads_in_place(int64_t, int64_t) { return true; }
 
   static int64_t panels(int64_t rows) { return ceil_div(rows, max_height); }
   static int64_t panel_start(int64_t rows, int64_t i) {
@@ -82,15 +76,12 @@ struct VectorProduct {
 
   // C[rows of the panels, 0..n) (+)= A[those rows, k0..k0+depth) B, for one packed panel of B.
   static void multiply(const Left& a, int64_t first_panel, int64_t last_panel, int64_t k0,
-                       int64_t depth, const T* b, int64_t b_stride, int n, T* c, int64_t ldc,
+                       int64_t depth, const T* b, int64_t, int n, T* c, int64_t ldc,
                        bool accumulate, Prefetch& prefetch) {
-    const bool wide = n > W;
     for (int64_t i = first_panel; i < last_panel; ++i) {
       const int64_t row = panel_start(a.rows, i);
       const int height = int(panel_start(a.rows, i + 1) - row);
-      Tile t{depth,      nullptr,  0, b, b_stride, c + row * ldc, ldc, n - (wide ? W : 0),
-             accumulate, &prefetch};
-      const bool adjacent = a.col_stride != 1;
+      Tile t{depth, nullptr, 0, b, c + row * ldc, ldc, n, accumulate, &prefetch};
       if (a.col_stride == 1) {
         t.a = a.data + row * a.row_stride + k0;
         t.a_stride = a.row_stride;
@@ -101,85 +92,11 @@ struct VectorProduct {
         t.a = a.data + row * a.depth + k0 * height;
         t.a_stride = height;
       }
-      kernels[adjacent][wide][size_t(height - 1)](t);
+      t.run(height, a.col_stride != 1);
     }
   }
 
  private:
-  struct Tile {
-    int64_t depth;
-    const T* a;
-    int64_t a_stride;
-    const T* b;
-    int64_t b_stride;
-    T* c;
-    int64_t ldc;
-    int64_t last_columns;  // of the last vector
-    bool accumulate;
-    Prefetch* prefetch;
-  };
-
-  // rows_adjacent: A[i, k] is a[k a_stride + i], otherwise a[i a_stride + k].
-  template <int H, int V, bool rows_adjacent>
-  static void tile(const Tile& t) {
-    Vec<T> sum[H][V];
-    const T* a = t.a;
-    const T* b = t.b;
-    auto step = [&]() __attribute__((always_inline)) {
-      Vec<T> bv[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) bv[v] = Vec<T>::load(b + v * W);
-#pragma GCC unroll 16
-      for (int i = 0; i < H; ++i) {
-        const Vec<T> ai(a[rows_adjacent ? i : i * t.a_stride]);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[i][v] = fma(ai, bv[v], sum[i][v]);
-      }
-      a += rows_adjacent ? t.a_stride : 1;
-      b += t.b_stride;
-    };
-    // Between every four steps of k a line of memory is asked for: first those of C, then the
-    // region that the caller wants next.
-    Prefetch lines(t.c, V * W * int64_t(sizeof(T)), H, t.ldc * int64_t(sizeof(T)));
-    bool own = true;
-    for (int64_t k = t.depth / 4; k > 0; --k) {
-      if (!lines.next() && own) {
-        lines = *t.prefetch;
-        own = false;
-      }
-#pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s) step();
-    }
-    for (int64_t k = t.depth % 4; k > 0; --k) step();
-    if (!own) *t.prefetch = lines;
-
-    const int64_t n = t.last_columns;
-    T* c = t.c;
-    if (t.accumulate) {
-#pragma GCC unroll 16
-      for (int i = 0; i < H; ++i) {
-        if constexpr (V == 2) sum[i][0] += Vec<T>::load(c + i * t.ldc);
-        sum[i][V - 1] += Vec<T>::load(c + i * t.ldc + (V - 1) * W, n);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < H; ++i) {
-      if constexpr (V == 2) sum[i][0].store(c + i * t.ldc);
-      sum[i][V - 1].store(c + i * t.ldc + (V - 1) * W, n);
-    }
-  }
-
-  using Kernel = void (*)(const Tile&);
-  template <int V, bool rows_adjacent, int... i>
-  static constexpr std::array<Kernel, sizeof...(i)> by_height(std::integer_sequence<int, i...>) {
-    return {&tile<i + 1, V, rows_adjacent>...};
-  }
-  using Heights = std::make_integer_sequence<int, max_height>;
-  // [rows adjacent][second vector][height - 1]
-  static constexpr std::array<Kernel, max_height> kernels[2][2] = {
-      {by_height<1, false>(Heights{}), by_height<2, false>(Heights{})},
-      {by_height<1, true>(Heights{}), by_height<2, true>(Heights{})}};
-
   // target[k * width + j] = source[k, j], with zeros up to width.
   template <typename S>
   static void pack_panel(Matrix<S> source, T* target, int width) {

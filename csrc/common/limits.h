@@ -1,4 +1,4 @@
-// What this core can do at most, measured: the rate of multiply-adds between registers, of AMX
+// What this core can do at most, measured: the rate of multiply-adds between registers, of
 // bfloat16 products, and of copying memory. Benchmarks give their results as a fraction of these.
 #pragma once
 #include <algorithm>
@@ -50,8 +50,8 @@ __attribute__((noinline)) double fma_rate() {
   return 2.0 * kSteps * kChains * Vec<T>::size / seconds;
 }
 
-// Operations per second of AMX bfloat16 products; 0 where there are none.
-inline double amx_bfloat16_rate() {
+// Operations per second of bfloat16 products; 0 where they run in float.
+__attribute__((noinline)) inline double bfloat16_rate() {
 #if defined(__AMX_BF16__)
   constexpr int64_t kSteps = 50000;
   const ProductSession<bfloat16> session;
@@ -73,6 +73,22 @@ inline double amx_bfloat16_rate() {
     }
   });
   return 2.0 * kSteps * 4 * 16 * 16 * 32 / seconds;
+#elif defined(__AVX512BF16__)
+  constexpr int kChains = 24;
+  constexpr int64_t kSteps = 100000;
+  VecF sum[kChains];
+  const __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+  const double seconds = fastest(5, [&] {
+    for (int64_t i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 24
+      for (int j = 0; j < kChains; ++j) sum[j] = _mm512_dpbf16_ps(sum[j].v, factor, factor);
+    }
+  });
+  VecF total;
+  for (auto& s : sum) total += s;
+  volatile float kept = reduce_sum(total);
+  (void)kept;
+  return 2.0 * kSteps * kChains * 32 / seconds;
 #else
   return 0.0;
 #endif

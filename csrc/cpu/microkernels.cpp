@@ -148,7 +148,7 @@ void transpose_op(const Tensor& x, const Tensor& y) {
 double fma_rate_op(const Tensor& like) {
   return like.scalar_type() == ScalarType::Double ? fma_rate<double>() : fma_rate<float>();
 }
-double amx_bfloat16_rate_op(const Tensor&) { return amx_bfloat16_rate(); }
+double bfloat16_rate_op(const Tensor&) { return bfloat16_rate(); }
 double copy_bandwidth_op(const Tensor& from, const Tensor& to) {
   return copy_bandwidth(data<uint8_t>(from), mutable_data<uint8_t>(to), to.numel());
 }
@@ -170,7 +170,7 @@ WEFT_CPU_SCHEMAS(m) {
   m.def("microkernel_convert(Tensor x, Tensor(a!) y) -> ()");
   m.def("microkernel_transpose(Tensor x, Tensor(a!) y) -> ()");
   m.def("microkernel_fma_rate(Tensor like) -> float");
-  m.def("microkernel_amx_bfloat16_rate(Tensor like) -> float");
+  m.def("microkernel_bfloat16_rate(Tensor like) -> float");
   m.def("microkernel_copy_bandwidth(Tensor source, Tensor(a!) target) -> float");
 }
 WEFT_CPU_KERNELS(m) {
@@ -186,7 +186,7 @@ WEFT_CPU_KERNELS(m) {
   m.impl("microkernel_convert", TORCH_BOX(&convert_op));
   m.impl("microkernel_transpose", TORCH_BOX(&transpose_op));
   m.impl("microkernel_fma_rate", TORCH_BOX(&fma_rate_op));
-  m.impl("microkernel_amx_bfloat16_rate", TORCH_BOX(&amx_bfloat16_rate_op));
+  m.impl("microkernel_bfloat16_rate", TORCH_BOX(&bfloat16_rate_op));
   m.impl("microkernel_copy_bandwidth", TORCH_BOX(&copy_bandwidth_op));
 }
 

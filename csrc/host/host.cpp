@@ -44,10 +44,11 @@ std::string cpu_level() {
   if (!has(seven.b, bits({3, 5, 8}))) return "generic";            // BMI1, AVX2, BMI2
   if (!has(seven.b, bits({16, 17, 28, 30, 31}))) return "avx2";    // AVX-512 F, DQ, CD, BW, VL
   if (!has(seven.c, bits({11})) || !has(os, 0xe6)) return "avx2";  // VNNI; opmask and zmm
-  const bool amx = has(seven.d, bits({22, 24, 25})) && has(more.a, bits({5})) && has(os, 0x60000);
+  if (!has(more.a, bits({5}))) return "avx512";                    // BF16
+  const bool amx = has(seven.d, bits({22, 24, 25})) && has(os, 0x60000);
   constexpr int request_permission = 0x1023, tile_data = 18;
   if (amx && syscall(SYS_arch_prctl, request_permission, tile_data) == 0) return "amx";
-  return "avx512";
+  return "avx512_bf16";
 }
 
 }  // namespace
@@ -59,6 +60,7 @@ std::string cpu_level() { return "generic"; }
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Processor features that the choice of a native library needs.";
-  m.def("cpu_level", &cpu_level, "The best of generic, avx2, avx512, amx that runs here.");
+  m.def("cpu_level", &cpu_level,
+        "The best of generic, avx2, avx512, avx512_bf16, amx that runs here.");
   m.attr("compiler") = __VERSION__;
 }

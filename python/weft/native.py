@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-LEVELS = ("generic", "avx2", "avx512", "amx")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 cpu_level: str | None = None  # of the CPU library in use
 has_cuda = False
