@@ -120,6 +120,18 @@ def test_autocast(name):
 
 
 @every
+def test_half_precision_of_the_whole_layer(name):
+    layer, x = LAYERS[name](0), randn(6, D, seed=9)
+    expected = flat(layer(x))
+    if any(hasattr(m, "parametrizations") for m in layer.modules()):
+        pytest.skip("PyTorch's orthogonal parametrizations need float32")
+    output = flat(layer.to(torch.bfloat16)(x.bfloat16()))
+    assert output.dtype == torch.bfloat16
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.03 * scale)
+
+
+@every
 def test_empty_batch_and_leading_dimensions(name):
     layer, x = LAYERS[name](0), randn(2, 3, D, seed=9)
     assert flat(layer(x[:0])).numel() == 0

@@ -1,7 +1,11 @@
 """Prototype heads and their streaming statistics against all samples at once."""
 
+import socket
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from weft.nn import (
@@ -60,6 +64,41 @@ def test_statistics_of_two_processes_merge(kind):
         torch.testing.assert_close(left.state_dict()[name], value)
     with pytest.raises(ValueError, match="other"):
         left.merge(ClassStatistics(3, 4, kind))
+
+
+def worker(rank, port, kind, results):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    statistics = ClassStatistics(3, 5, kind, dtype=torch.float64)
+    statistics.update(randn(12, 3, dtype=torch.float64)[rank::2], LABELS[rank::2])
+    statistics.merge_ranks()
+    results[rank] = statistics.state_dict()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [None, "tied"])
+def test_statistics_of_two_ranks_become_those_of_all(kind):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(worker, (port, kind, results), nprocs=2)
+        one, two = results[0], results[1]
+    whole = ClassStatistics(3, 5, kind, dtype=torch.float64)
+    whole.update(randn(12, 3, dtype=torch.float64), LABELS)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one[name], value)
+
+
+def test_half_precision_leaves_statistics_alone():
+    statistics = ClassStatistics(2, 1, "full")
+    statistics.update(randn(1000, 2) + 100, torch.zeros(1000, dtype=torch.int64))
+    before = {name: value.clone() for name, value in statistics.state_dict().items()}
+    statistics.half().bfloat16()
+    for name, value in statistics.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert statistics.double().mean.dtype == torch.float64
 
 
 def test_statistics_far_from_the_origin_keep_their_digits():

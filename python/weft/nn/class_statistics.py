@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from weft.nn.checks import check_features, check_labels, check_sizes, full_precision
@@ -31,7 +32,19 @@ def segment_stats(x: Tensor, labels: Tensor, num_classes: int, *, covariance: bo
     return _Moments(count, mean, torch.stack([part.mT @ part for part in parts]))
 
 
-class ClassStatistics(nn.Module):
+class KeepsPrecision(nn.Module):
+    """Its floating-point buffers stay float32 or wider when a model is cast to half precision."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
+
+class ClassStatistics(KeepsPrecision):
     r"""Count, mean and scatter of each class, over any number of batches.
 
     Batches are merged by the exact formulas for n, the mean and M2, so that their sizes and their
@@ -47,7 +60,8 @@ class ClassStatistics(nn.Module):
         covariance: what is kept of the scatter around the means. ``None``: nothing.
             ``"diagonal"``: ``(C, D)``. ``"tied"``: one ``(D, D)`` for all classes. ``"full"``:
             ``(C, D, D)``.
-        device, dtype: of the means; float64 or float32.
+        device, dtype: of the means; float64 or float32. A cast of the module to half precision
+            leaves them as they are.
 
     Attributes:
         count: ``(C,)`` int64.
@@ -114,6 +128,23 @@ class ClassStatistics(nn.Module):
             )
         with full_precision(self.mean):
             self._merge(other.count, other.mean, other.m2)
+
+    @torch.no_grad()
+    def merge_ranks(self, group: dist.ProcessGroup | None = None) -> None:
+        """Adds up the samples of all processes of a group, on each of them to the same bits.
+
+        Call it once, after the last batch: afterwards each process has the samples of all.
+        """
+        own = [buffer for buffer in (self.count, self.mean, self.m2) if buffer is not None]
+        every = []
+        for buffer in own:
+            parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, buffer, group=group)
+            every.append(parts)
+            buffer.zero_()
+        with full_precision(self.mean):
+            for count, mean, *m2 in zip(*every, strict=True):
+                self._merge(count, mean, m2[0] if m2 else None)
 
     def _merge(self, count: Tensor, mean: Tensor, m2: Tensor | None) -> None:
         total = self.count + count

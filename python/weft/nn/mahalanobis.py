@@ -1,15 +1,15 @@
 """Distances to the Gaussians of classes, and what is learned from them."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.nn.checks import at_least_float32, check_features, check_labels, full_precision
-from weft.nn.class_statistics import ClassStatistics
+from weft.nn.class_statistics import ClassStatistics, KeepsPrecision
 from weft.nn.prototype_classifiers import squared_distances
 from weft.ops.checks import values_are_checked
 
 
-class MahalanobisHead(nn.Module):
+class MahalanobisHead(KeepsPrecision):
     r"""Squared Mahalanobis distances to class means, under one covariance or one per class.
 
     .. math::
@@ -26,7 +26,7 @@ class MahalanobisHead(nn.Module):
         ridge: epsilon, >= 0, in the units of the covariance.
 
     Attributes:
-        mean: ``(C, D)``, float32 or float64.
+        mean: ``(C, D)``, float32 or float64, also in a model cast to half precision.
         factor: the Cholesky factor of each regularised covariance, in its shape.
 
     Shapes: features ``(..., D)``, distances and logits ``(..., C)``, in the dtype of the features.
