@@ -13,6 +13,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.reference.pairwise import segment_max as formula
 
@@ -242,7 +243,7 @@ forward = Op(
     "-> (Tensor values, Tensor indices)",
     family="pairwise",
     fake=_fake,
-    implementations=[reference(_reference)],
+    implementations=[triton("pairwise.segment_max", "segment_max"), reference(_reference)],
 )
 backward = Op(
     "segment_max_backward",
@@ -250,7 +251,10 @@ backward = Op(
     "-> (Tensor grad_x, Tensor grad_y)",
     family="pairwise",
     fake=_fake_backward,
-    implementations=[reference(_reference_backward)],
+    implementations=[
+        triton("pairwise.segment_max", "segment_max_backward"),
+        reference(_reference_backward),
+    ],
 )
 
 
