@@ -5,7 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from weft.nn.checks import at_least_float32, check_features, check_labels, check_sizes
+from weft.nn.checks import (
+    at_least_float32,
+    check_features,
+    check_labels,
+    check_sizes,
+    full_precision,
+)
 from weft.nn.prototype_classifiers import squared_distances
 
 
@@ -13,7 +19,8 @@ class RBFClassifier(nn.Module):
     r"""Probabilities of classes from radial basis functions that speak for and against them.
 
     .. math::
-        d_k(x) = e^{-\lVert x - p_k \rVert^2 / \sigma_k}, \qquad
+        d_k(x) = e^{-\lVert x - p_k \rVert^2 / \sigma_k}
+            \;\; \text{or} \;\; e^{-\lVert x - p_k \rVert / \sigma_k}, \qquad
         \Pr(c \mid x) = \sum_k d_k(x) \, r^+_{kc} + (1 - d_k(x)) \, r^-_{kc}, \qquad
         \sum_k r^+_{kc} + r^-_{kc} = 1
 
@@ -26,7 +33,8 @@ class RBFClassifier(nn.Module):
         in_features: D.
         num_classes: C.
         num_prototypes: K.
-        width: sigma of the beginning, > 0, in the units of squared distance.
+        width: sigma of the beginning, > 0, in the units of the distance (squared or not).
+        squared: the Gaussian of the squared distance, or the exponential of the distance itself.
         device, dtype: of the parameters.
 
     Attributes:
@@ -35,7 +43,8 @@ class RBFClassifier(nn.Module):
         reasoning: ``(2, K, C)``, the logits of :math:`r^+` and :math:`r^-`.
 
     Shapes: features ``(..., D)``, probabilities ``(..., C)`` in [0, 1]; they do not sum to 1 over
-    the classes. Train with :func:`probability_margin_loss`.
+    the classes. Train with :func:`probability_margin_loss`; :meth:`certified_radius` says how far
+    a sample can move without a change of its class.
 
     Raises:
         ValueError: sizes, a width that is not positive, features of another size.
@@ -53,6 +62,7 @@ class RBFClassifier(nn.Module):
         num_prototypes: int,
         *,
         width: float = 1.0,
+        squared: bool = True,
         device=None,
         dtype=None,
     ):
@@ -60,7 +70,8 @@ class RBFClassifier(nn.Module):
         check_sizes(in_features=in_features, num_classes=num_classes, num_prototypes=num_prototypes)
         if not width > 0:
             raise ValueError(f"width must be > 0, got {width}")
-        self.in_features, self.out_features, self.width = in_features, num_classes, float(width)
+        self.in_features, self.out_features = in_features, num_classes
+        self.width, self.squared = float(width), squared
         options = {"device": device, "dtype": dtype}
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, in_features, **options))
         self.log_width = nn.Parameter(torch.empty(num_prototypes, **options))
@@ -81,20 +92,96 @@ class RBFClassifier(nn.Module):
 
     def detection(self, x: Tensor) -> Tensor:
         """``(..., K)``: the probability that each component is there."""
+        return torch.exp(-self._distances(x) / self._width())
+
+    def _width(self) -> Tensor:
+        return at_least_float32(self.log_width).exp()
+
+    def _distances(self, x: Tensor) -> Tensor:
         check_features("x", x, self.in_features)
         squared = squared_distances(x, self.prototypes)
-        return torch.exp(-squared / at_least_float32(self.log_width).exp())
+        return squared if self.squared else safe_sqrt(squared)
 
     def forward(self, x: Tensor) -> Tensor:
         present, absent = self.reasoning_probabilities()
         detected = self.detection(x)
         return (detected @ (present - absent) + absent.sum(0)).to(x.dtype)
 
+    def log_stretch(self, x: Tensor, labels: Tensor) -> Tensor:
+        r"""How far all detection probabilities may be off, as a logarithm, before the class flips.
+
+        If each :math:`d_k` is known up to a factor from 1/t to t, the lead of class y over c is
+
+        .. math::
+            \Pr(y \mid x) - \Pr(c \mid x) \ge A/t - B t + \Delta, \quad
+            A = \sum_k d_k (r^+_{ky} + r^-_{kc}), \;
+            B = \sum_k d_k (r^-_{ky} + r^+_{kc}), \; \Delta = \sum_k r^-_{ky} - r^-_{kc}
+
+        which is 0 at :math:`t = (\Delta + \sqrt{\Delta^2 + 4AB}) / 2B`.
+
+        Args:
+            x: ``(B, D)``.
+            labels: ``(B,)`` int64.
+
+        Returns:
+            ``(B,)``: log t, the least over the classes c; negative for a sample that is not
+            classified as y. ``(margin - log_stretch).clamp(min=0)`` is the loss that makes
+            the prediction robust.
+        """
+        check_features("x", x, self.in_features)
+        if x.dim() != 2:
+            raise ValueError(f"x must be (B, {self.in_features}), got {tuple(x.shape)}")
+        check_labels("labels", labels, x.shape[:1], self.out_features)
+        detected = self.detection(x)
+        with full_precision(x):
+            present, absent = self.reasoning_probabilities()
+            speaks_for, speaks_against = detected @ present, detected @ absent
+            own = labels[:, None]
+            # far from all components both would underflow to a quotient of zeros
+            smallest = torch.finfo(detected.dtype).tiny ** 0.5
+            A = (speaks_for.gather(1, own) + speaks_against).clamp(min=smallest)
+            B = (speaks_against.gather(1, own) + speaks_for).clamp(min=smallest)
+            floor = absent.sum(0)
+            delta = floor[labels][:, None] - floor
+            root = (delta.square() + 4 * A * B).sqrt()
+            # the larger of the two equal forms of t, of which one cancels where delta < 0
+            t = torch.where(delta > 0, (delta + root) / (2 * B), 2 * A / (root - delta))
+            return t.log().scatter(1, own, float("inf")).amin(1)
+
+    @torch.no_grad()
+    def certified_radius(self, x: Tensor, labels: Tensor) -> Tensor:
+        r"""Euclidean distance that x can move in any direction and stay classified as y.
+
+        A move by :math:`\epsilon` changes :math:`\log d_k` by at most :math:`\epsilon/\sigma_k`, or
+        for the squared distance by :math:`(2 \lVert x - p_k \rVert \epsilon + \epsilon^2) /
+        \sigma_k`; the radius is where that reaches :meth:`log_stretch` for the first k.
+
+        Args:
+            x: ``(B, D)``.
+            labels: ``(B,)`` int64.
+
+        Returns:
+            ``(B,)``, >= 0; 0 for a sample that is not classified as y.
+        """
+        budget = self.log_stretch(x, labels).clamp(min=0)[:, None] * self._width()
+        if self.squared:
+            squared = self._distances(x)
+            # sqrt(r^2 + b) - r without its cancellation
+            budget = budget / ((squared + budget).sqrt() + squared.sqrt()).clamp(min=1e-30)
+        return budget.amin(1).to(x.dtype)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"num_prototypes={len(self.prototypes)}, width={self.width}"
+            f"num_prototypes={len(self.prototypes)}, width={self.width}, "
+            f"squared={self.squared}"
         )
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """The square root, with derivative 0 at 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 
 
 def probability_margin_loss(probabilities: Tensor, labels: Tensor, margin: float = 0.3) -> Tensor:
