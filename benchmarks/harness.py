@@ -59,7 +59,7 @@ def cases_of(settings: Settings, name: str | None = None) -> Iterator[Case]:
         if settings.quick:
             chosen = [w for w in cases.workloads if w.quick] or cases.workloads[:1]
         for workload in chosen:
-            for dtype in settings.dtypes:
+            for dtype in dict.fromkeys(map(cases.dtype_near, settings.dtypes)):
                 yield Case(family, cases, workload, dtype, settings.device)
 
 

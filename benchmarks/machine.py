@@ -63,7 +63,8 @@ class Limits:
 
     def seconds(self, flops: float, size: float, dtype: torch.dtype) -> float:
         """The least time for this much work: the roofline."""
-        return max(flops / self.rates[dtype], size / self.bandwidth)
+        arithmetic = flops / self.rates[dtype] if flops else 0.0
+        return max(arithmetic, size / self.bandwidth)
 
     def as_dict(self) -> dict:
         rates = {str(d).removeprefix("torch."): r / 1e9 for d, r in self.rates.items()}

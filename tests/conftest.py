@@ -42,6 +42,7 @@ def running(implementation: str):
 def skip_unless_declared(cases, implementation: str, dtype: torch.dtype) -> None:
     """Skips where one of the ops of its module says that it has no such implementation."""
     name, device = name_and_device(implementation)
+    dtype = cases.dtype_near(dtype)
     for op in registry.values():
         if op.dispatcher.implementations[-1].run.__module__ != cases.function.__module__:
             continue

@@ -4,6 +4,7 @@ from weft import native, nn, optim  # native loads the libraries
 from weft.dispatch import use
 from weft.ops.checks import check_values
 from weft.ops.pairwise.grassmann_step import grassmann_step, grassmann_step_
+from weft.ops.pairwise.hamming_topk import hamming_topk, pack_bits
 from weft.ops.pairwise.masks import PairMask
 from weft.ops.pairwise.nearest import nearest
 from weft.ops.pairwise.segment_max import maxsim, prototype_similarity
@@ -17,11 +18,13 @@ __all__ = [
     "check_values",
     "grassmann_step",
     "grassmann_step_",
+    "hamming_topk",
     "maxsim",
     "native",
     "nearest",
     "nn",
     "optim",
+    "pack_bits",
     "prototype_similarity",
     "subspace_logits",
     "subspace_project",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import weft
+from weft.ops.registration import FLOATS
 
 
 def randn(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0) -> Tensor:
@@ -60,6 +61,7 @@ class OpCases:
 
     ``plain`` is the formula as a PyTorch user would write it, with the arguments of the function:
     the yardstick of accuracy and time. An op that is not differentiable, or not twice, says so.
+    ``dtypes`` are those of its first argument.
     """
 
     name: str
@@ -69,6 +71,11 @@ class OpCases:
     bad: list[BadInput]
     differentiable: bool = True
     transformable: bool = True  # works under torch.func
+    dtypes: frozenset[torch.dtype] = FLOATS
+
+    def dtype_near(self, dtype: torch.dtype) -> torch.dtype:
+        """This dtype, or one that it does take."""
+        return dtype if dtype in self.dtypes else min(self.dtypes, key=str)
 
     @property
     def function(self) -> Callable:

@@ -44,11 +44,11 @@ class Op:
         return self.overload(*args)
 
 
-def cpu(name: str, refuses: Callable | None = None) -> Implementation:
-    """The C++ kernel of this name, in all four float types."""
+def cpu(name: str, refuses: Callable | None = None, dtypes: frozenset = FLOATS) -> Implementation:
+    """The C++ kernel of this name; ``dtypes`` are those of its first argument."""
     unavailable = lambda: native.missing.get("cpu")  # noqa: E731
     return Implementation(
-        "cpu", native.cpu_op(name), frozenset({"cpu"}), FLOATS, unavailable, refuses
+        "cpu", native.cpu_op(name), frozenset({"cpu"}), dtypes, unavailable, refuses
     )
 
 
