@@ -51,7 +51,8 @@ class OrthogonalCompatibleLayer(nn.Module):
     old model, by :func:`backward_compatible_loss`; the classifier sees Qx, which holds the same
     information in directions of its own choice, so that the two aims do not have to share
     coordinates. As Q keeps lengths and angles, x serves retrieval as well as Qx: old galleries
-    through its first d coordinates, without an update.
+    through its first d coordinates, without an update. (The published code adds a bias to Qx, which
+    a classifier with a bias of its own does not need.)
 
     Args:
         old_features: d, dimensions of the old model.
