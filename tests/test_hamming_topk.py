@@ -64,7 +64,7 @@ def test_against_counting(implementation, N, M, W, k, high):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_many_equal_codes(implementation):
-    """Every code ties: the first k are the result, in the case of several parts and full buffers."""
+    """Every code ties: the first k are the result, with several parts and full buffers."""
     database = torch.zeros(5000, 8, dtype=torch.uint8)
     database[4321] = 255
     with running(implementation):
