@@ -218,6 +218,42 @@ def test_transpose(op):
         assert torch.equal(y, x.T) and untouched()
 
 
+@pytest.mark.parametrize("n, keys, D", [(0, 3, 5), (1, 1, 1), (7, 4, 33), (5000, 3, 67), (9, 0, 4)])
+def test_segment_sum(op, n, keys, D):
+    """Empty, short and split segments; what has no key is not read; the same for any threads."""
+    for dtype in (F32, F64, BF16, F16):
+        rows = embedded(n, D, dtype, "rows", math.nan)
+        weights = torch.randn(n).to(dtype)
+        key = torch.randint(-1, keys + 1, (n,))
+        dropped = (key < 0) | (key >= keys)
+        rows[dropped] = math.nan
+        expected = torch.zeros(keys, D, dtype=F64).index_add(
+            0, key[~dropped], (weights.double()[:, None] * rows.double())[~dropped]
+        )
+        out, before = torch.full((keys + 2, D), 7.0, dtype=dtype), torch.get_num_threads()
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            op("segment_sum")(rows, key, weights, out[1:-1])
+            results.append(out.clone())
+        torch.set_num_threads(before)
+        assert all(torch.equal(one, results[0]) for one in results)
+        assert bool((out[[0, -1]] == 7).all())
+        size = expected.abs().max().clamp(min=1) if expected.numel() else 1
+        error = (out[1:-1].double() - expected).abs().max() if expected.numel() else 0
+        assert error <= 16 * torch.finfo(dtype).eps * size
+
+
+def test_segments_of_many_chunks(op):
+    """Sorted by several tasks: the order within a key is that of the input."""
+    n = 300_000
+    rows = torch.arange(n, dtype=F64)[:, None]
+    key = torch.randint(0, 5, (n,))
+    out = torch.zeros(5, 1, dtype=F64)
+    op("segment_sum")(rows, key, torch.ones(n, dtype=F64), out)
+    assert torch.equal(out[:, 0], torch.bincount(key, rows[:, 0], minlength=5))
+
+
 def test_limits(op):
     like = torch.zeros(1)
     assert op("fma_rate")(like) > 1e8

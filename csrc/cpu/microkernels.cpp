@@ -7,6 +7,7 @@
 #include "common/limits.h"
 #include "common/math.h"
 #include "common/reduce.h"
+#include "common/segments.h"
 #include "common/transpose.h"
 #include "cpu/registration.h"
 
@@ -145,6 +146,23 @@ void transpose_op(const Tensor& x, const Tensor& y) {
   x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
 
+// out_k = Σ weight_e · rows_e over the rows of key k.
+void segment_sum_op(const Tensor& rows, const Tensor& keys, const Tensor& weights,
+                    const Tensor& out) {
+  static thread_local Scratch order, start;
+  const Segments segments(data<int64_t>(keys), keys.numel(), out.size(0), order, start);
+  with_float(rows, [&](auto t) {
+    using T = decltype(t);
+    const T* first = data<T>(rows);
+    const T* weight = data<T>(weights);
+    const int64_t stride = rows.stride(0);
+    segment_sum(
+        segments, rows.size(1),
+        [=](int64_t e) { return WeightedRow<T>{first + e * stride, Acc<T>(weight[e])}; },
+        mutable_data<T>(out));
+  });
+}
+
 double fma_rate_op(const Tensor& like) {
   return like.scalar_type() == ScalarType::Double ? fma_rate<double>() : fma_rate<float>();
 }
@@ -169,6 +187,7 @@ WEFT_CPU_SCHEMAS(m) {
   m.def("microkernel_dot(Tensor x, Tensor y) -> float");
   m.def("microkernel_convert(Tensor x, Tensor(a!) y) -> ()");
   m.def("microkernel_transpose(Tensor x, Tensor(a!) y) -> ()");
+  m.def("microkernel_segment_sum(Tensor rows, Tensor keys, Tensor weights, Tensor(a!) out) -> ()");
   m.def("microkernel_fma_rate(Tensor like) -> float");
   m.def("microkernel_bfloat16_rate(Tensor like) -> float");
   m.def("microkernel_copy_bandwidth(Tensor source, Tensor(a!) target) -> float");
@@ -185,6 +204,7 @@ WEFT_CPU_KERNELS(m) {
   m.impl("microkernel_dot", TORCH_BOX(&dot_op));
   m.impl("microkernel_convert", TORCH_BOX(&convert_op));
   m.impl("microkernel_transpose", TORCH_BOX(&transpose_op));
+  m.impl("microkernel_segment_sum", TORCH_BOX(&segment_sum_op));
   m.impl("microkernel_fma_rate", TORCH_BOX(&fma_rate_op));
   m.impl("microkernel_bfloat16_rate", TORCH_BOX(&bfloat16_rate_op));
   m.impl("microkernel_copy_bandwidth", TORCH_BOX(&copy_bandwidth_op));
