@@ -253,10 +253,14 @@ def pairwise_select(
     shift: float,
     parameter: float,
     mask: Tensor | None,
+    x_labels: None,
+    y_labels: None,
+    same: bool,
+    off_diagonal: bool,
     k: int,
     largest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(values (N, k) in the dtype of x, indices (N, k))."""
+    """(values (N, k) in the dtype of x, indices (N, k)); the op refuses labels and the diagonal."""
     (N, D), M = x.shape, y.shape[0]
     fill = -torch.inf if largest else torch.inf
     if N * M == 0:
@@ -310,12 +314,15 @@ def example_launches(dtype: torch.dtype) -> None:
     y = torch.empty(1_000_000, 128, dtype=dtype, device="meta")
     identity = ("identity", 1.0, 0.0, 0.0)
     none = (None, None, None)
+    no_mask = (None, None, None, True, False)
     for base in ("dot", "sqeuclidean"):
         for k in (1, 10, 32):
-            pairwise_select(x, y, *none, base, *identity, None, k, base == "dot")
+            pairwise_select(x, y, *none, base, *identity, *no_mask, k, base == "dot")
     factors = [torch.empty(n, device="meta") for n in (10_000, 8192, 8192)]
     mask = torch.empty(10_000, 8192, dtype=torch.bool, device="meta")
     for D in (3, 128):
         x, y = x.new_empty(10_000, D), x.new_empty(8192, D)
-        pairwise_select(x, y, *factors, "sqeuclidean", "arcosh", 2.0, 0.0, 1.0, mask, 10, False)
-    pairwise_select(x, y, *none, "l1", *identity, None, 10, False)
+        pairwise_select(
+            x, y, *factors, "sqeuclidean", "arcosh", 2.0, 0.0, 1.0, mask, *no_mask[1:], 10, False
+        )
+    pairwise_select(x, y, *none, "l1", *identity, *no_mask, 10, False)

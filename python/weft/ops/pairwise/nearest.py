@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from weft.dispatch import transformed
+from weft.ops.pairwise.masks import SCHEMA as MASK_SCHEMA
+from weft.ops.pairwise.masks import PairMask, mask_of
 from weft.ops.pairwise.pairs import SCHEMA, Operands, pair_of
 from weft.ops.registration import (
     Op,
+    cpu,
     reference,
     register_gradient,
     register_gradient_by_reference,
@@ -30,7 +33,7 @@ def nearest(
     y: Tensor,
     k: int = 1,
     metric: str = "sqeuclidean",
-    mask: Tensor | None = None,
+    mask: Tensor | PairMask | None = None,
     largest: bool | None = None,
     *,
     scale: float = 1.0,
@@ -56,8 +59,9 @@ def nearest(
         k: how many, >= 1; it may exceed M.
         metric: dot, cosine, sqeuclidean, euclidean, l1, rbf, log, mahalanobis, poincare or lorentz,
             as in ``weft.pairwise_distance``.
-        mask: ``(N, M)`` bool, True where a pair is allowed, any strides; None allows all. What is
-            not allowed is never read into a result.
+        mask: the pairs allowed: ``(N, M)`` bool of any strides, True where a pair is, or a
+            ``weft.PairMask`` (labels, all but the diagonal); None allows all. What is not allowed
+            is never read into a result.
         largest: the k largest values rather than the smallest; None takes what is nearer: the
             largest for the similarities dot, cosine, rbf and log, the smallest for distances.
         scale: factor of dot and cosine.
@@ -100,29 +104,16 @@ def nearest(
         raise ValueError(f"k must be >= 1, got {k}")
     if largest is None:
         largest = metric in SIMILARITIES
-    return Nearest(*select(operands, check_mask(mask, x, y), k, bool(largest)))
+    return Nearest(*select(operands, mask_of(mask, x, y), k, bool(largest)))
 
 
-def check_mask(mask: Tensor | None, x: Tensor, y: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask))}")
-    if mask.shape != (x.shape[0], y.shape[0]) or mask.device != x.device:
-        raise ValueError(
-            f"mask must be ({x.shape[0]}, {y.shape[0]}) on {x.device}, "
-            f"got {tuple(mask.shape)} on {mask.device}"
-        )
-    return mask
-
-
-def select(operands: Operands, mask: Tensor | None, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+def select(operands: Operands, mask: PairMask, k: int, largest: bool) -> tuple[Tensor, Tensor]:
     """Values and indices, (N, k), of the k largest or smallest pairs of each row."""
     o = operands
     if transformed():
         factors = (o.row_factor, o.column_factor, o.bias)
-        return formula.nearest(o.x, o.y, o.pair, *factors, mask, k, largest)
-    return forward(*wide_tensors(o), mask, k, largest)
+        return formula.nearest(o.x, o.y, o.pair, *factors, mask.arguments(), k, largest)
+    return forward(*wide_tensors(o), *mask.arguments(), k, largest)
 
 
 def wide_tensors(operands: Operands) -> tuple:
@@ -139,7 +130,7 @@ def _fake(x, y, row_factor, column_factor, bias, *rest):
 
 
 def _reference(x, y, row_factor, column_factor, bias, *rest):
-    *pair, mask, k, largest = rest
+    pair, mask, (k, largest) = rest[:5], rest[5:10], rest[10:]
     factors = (row_factor, column_factor, bias)
     values, indices = formula.nearest(x, y, Pair(*pair), *factors, mask, k, largest)
     return values.contiguous(), indices.contiguous()
@@ -163,7 +154,9 @@ def _reference_backward(*args):
 
 def _refuses_on_triton(*args) -> str | None:
     """A row's candidates stay in registers, and a column's number has 31 bits."""
-    y, k = args[1], args[-2]
+    y, (x_labels, _, _, off_diagonal, k, _) = args[1], args[-6:]
+    if x_labels is not None or off_diagonal:
+        return "takes masks that are a matrix only"
     if k > 32:
         return f"keeps at most 32 neighbours of a row, not {k}"
     return "takes less than 2^31 rows of y" if y.shape[0] >= 2**31 else None
@@ -171,10 +164,11 @@ def _refuses_on_triton(*args) -> str | None:
 
 forward = Op(
     "pairwise_select",
-    f"({SCHEMA}, Tensor? mask, SymInt k, bool largest) -> (Tensor values, Tensor indices)",
+    f"({SCHEMA}, {MASK_SCHEMA}, SymInt k, bool largest) -> (Tensor values, Tensor indices)",
     family="pairwise",
     fake=_fake,
     implementations=[
+        cpu("pairwise_select"),
         triton("pairwise.nearest", "pairwise_select", _refuses_on_triton),
         reference(_reference),
     ],
@@ -186,6 +180,7 @@ backward = Op(
     family="pairwise",
     fake=_fake_backward,
     implementations=[
+        cpu("pairwise_select_backward"),
         triton("pairwise.nearest_backward", "pairwise_select_backward"),
         reference(_reference_backward),
     ],
@@ -193,18 +188,17 @@ backward = Op(
 
 
 def _setup(ctx, inputs, output):
-    *tensors_and_pair, mask, k, largest = inputs
     indices = output[1]
     ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(*tensors_and_pair[:5], indices)
-    ctx.pair = tensors_and_pair[5:]
+    ctx.save_for_backward(*inputs[:5], indices)
+    ctx.pair = inputs[5:10]
 
 
 def _gradient(ctx, grad, _):
     *tensors, indices = ctx.saved_tensors
     grads = backward(grad, *tensors, *ctx.pair, indices)
     grads = [g if t is not None else None for g, t in zip(grads, tensors, strict=True)]
-    return *grads, *[None] * 8
+    return *grads, *[None] * 12
 
 
 register_gradient(forward, _setup, _gradient)

@@ -11,10 +11,12 @@ differences and not from an expanded square: nothing cancels, and repeated point
 import torch
 from torch import Tensor
 
+from weft.reference.pairwise.masks import allowed_pairs
 from weft.reference.pairwise.pairs import Pair, apply_function, base_values
 from weft.reference.pairwise.subspace_logits import upcast
 
 BLOCK = 1 << 22  # values of v held at a time
+NO_MASK = (None, None, None, True, False)  # what allowed_pairs makes a mask of
 
 
 def is_decreasing(pair: Pair) -> bool:
@@ -72,25 +74,22 @@ def nearest_indices(
     row_factor: Tensor | None = None,
     column_factor: Tensor | None = None,
     bias: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: tuple = NO_MASK,
     k: int = 1,
     largest: bool = False,
 ) -> Tensor:
     """(N, k) int64, a block of rows at a time."""
+    allowed, x_labels, *others = mask
     rows = max(1, BLOCK // max(1, y.shape[0]))
     largest = largest != is_decreasing(pair)
     part = lambda t, i: None if t is None else t[i : i + rows]  # noqa: E731
-    blocks = [
-        best_columns(
-            arguments_of_function(
-                x[i : i + rows], y, pair, part(row_factor, i), column_factor, bias
-            ),
-            part(mask, i),
-            k,
-            largest,
-        )
-        for i in range(0, max(x.shape[0], 1), rows)
-    ]
+    blocks = []
+    for i in range(0, max(x.shape[0], 1), rows):
+        block = x[i : i + rows]
+        v = arguments_of_function(block, y, pair, part(row_factor, i), column_factor, bias)
+        shape = (*v.shape, x.device)
+        keep = allowed_pairs(*shape, part(allowed, i), part(x_labels, i), *others, first_row=i)
+        blocks.append(best_columns(v, keep, k, largest))
     return torch.cat(blocks)
 
 
@@ -124,7 +123,7 @@ def nearest(
     row_factor: Tensor | None = None,
     column_factor: Tensor | None = None,
     bias: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: tuple = NO_MASK,
     k: int = 1,
     largest: bool = False,
 ) -> tuple[Tensor, Tensor]:

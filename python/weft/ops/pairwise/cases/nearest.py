@@ -131,7 +131,7 @@ NEAREST = OpCases(
         _bad(ValueError, "pair must be one of", metric="nearby"),
         _bad(ValueError, "k must be >= 1", k=0),
         _bad(TypeError, "k must be an integer", k=2.0),
-        _bad(TypeError, "mask must be a bool tensor", mask=torch.ones(5, 6)),
+        _bad(TypeError, "mask must be a bool", mask=torch.ones(5, 6)),
         _bad(ValueError, r"mask must be \(5, 6\)", mask=torch.ones(6, 5, dtype=torch.bool)),
         _bad(ValueError, "gamma must be", metric="rbf", gamma=0.0),
         _bad(ValueError, "bias goes with dot", bias=torch.ones(6)),
