@@ -40,6 +40,7 @@ from weft.nn.prototype_classifiers import (
     TEENClassifier,
     calibrate_prototypes,
 )
+from weft.nn.relative import InvarianceProduct, RelativeRepresentation
 from weft.nn.st_protopnet import STProtoPNetHead, STProtoPNetLoss
 from weft.nn.triplet import TripletLoss
 from weft.nn.vector_quantizer import VectorQuantizer
@@ -53,6 +54,7 @@ __all__ = [
     "ETFClassifier",
     "GrassmannClassifier",
     "HigherOrderCompatibilityLoss",
+    "InvarianceProduct",
     "MahalanobisHead",
     "NearestMeanClassifier",
     "OrthogonalCompatibleLayer",
@@ -61,6 +63,7 @@ __all__ = [
     "ProtoPNetLoss",
     "PrototypeLayer",
     "RBFClassifier",
+    "RelativeRepresentation",
     "STProtoPNetHead",
     "STProtoPNetLoss",
     "SimplexClassifier",
