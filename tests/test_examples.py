@@ -1,5 +1,6 @@
-"""Every example runs, in the short form that each has."""
+"""Every example runs, in the short form that each has, and what it claims holds."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,31 @@ from weft.ops.registration import INTERPRETED
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
+def percent(output: str, what: str) -> float:
+    return float(re.search(rf"{what} ([\d.]+)%", output)[1])
+
+
+def grassmann_head(output: str, folder: Path) -> None:
+    assert percent(output, "test accuracy") > 50
+    assert len(re.findall(r"^  \d: [\d.]+%   nearest \d, cosine 0\.\d+$", output, re.M)) == 10
+
+
+def prototype_explanation(output: str, folder: Path) -> None:
+    """Prototypes decide about as well as a linear head, and the pictures are written."""
+    prototypes = percent(output, "prototypes: test accuracy")
+    assert prototypes > 80 and prototypes > percent(output, "linear head: test accuracy") - 10
+    assert percent(output, "in feature space, by vote:") > 80
+    assert len(re.findall(r"^  digit \d+: .* at [\d.]+$", output, re.M)) >= 3
+    assert (folder / "out/prototype_explanation.png").stat().st_size > 10_000
+
+
+CLAIMS = {check.__name__: check for check in (grassmann_head, prototype_explanation)}
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the sizes are for real machines")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
     command = [sys.executable, path, "--quick"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "test accuracy" in done.stdout
+    CLAIMS[path.stem](done.stdout, tmp_path)
