@@ -24,8 +24,8 @@ ISA_FLAGS = {
     "generic": "",
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": f"{AVX512} -mavx512bf16",
-    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
+    "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vpopcntdq",
+    "amx": f"{AVX512} -mavx512bf16 -mavx512vpopcntdq -mamx-tile -mamx-bf16 -mamx-int8",
 }
 CPU_LEVELS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
 FOLDERS = ["triton_kernels", "benchmarks"]  # of the repository: packages inside weft, also in a wheel

@@ -44,7 +44,7 @@ std::string cpu_level() {
   if (!has(seven.b, bits({3, 5, 8}))) return "generic";            // BMI1, AVX2, BMI2
   if (!has(seven.b, bits({16, 17, 28, 30, 31}))) return "avx2";    // AVX-512 F, DQ, CD, BW, VL
   if (!has(seven.c, bits({11})) || !has(os, 0xe6)) return "avx2";  // VNNI; opmask and zmm
-  if (!has(more.a, bits({5}))) return "avx512";                    // BF16
+  if (!has(more.a, bits({5})) || !has(seven.c, bits({14}))) return "avx512";  // BF16; VPOPCNTDQ
   const bool amx = has(seven.d, bits({22, 24, 25})) && has(os, 0x60000);
   constexpr int request_permission = 0x1023, tile_data = 18;
   if (amx && syscall(SYS_arch_prctl, request_permission, tile_data) == 0) return "amx";

@@ -55,10 +55,11 @@ inline Words popcount(Words x) {
   return _mm512_popcnt_epi64(x);
 #else
   const Words nibble = _mm512_set1_epi8(15);
-  const Words table =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const Words table = _mm512_maskz_broadcast_i32x4(
+      0xffff, _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const Words low = _mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble));
-  const Words high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi64(x, 4), nibble));
+  const Words high =
+      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_maskz_srli_epi64(0xff, x, 4), nibble));
   return _mm512_sad_epu8(_mm512_add_epi8(low, high), _mm512_setzero_si512());
 #endif
 }
@@ -69,8 +70,8 @@ inline Words add_difference(Words sum, Words a, Words b) {
   return _mm512_add_epi64(sum, popcount(_mm512_xor_si512(a, b)));
 }
 // One bit for each lane below the bound.
-inline unsigned below(Words distance, int64_t bound) {
-  return _mm512_cmplt_epi64_mask(distance, _mm512_set1_epi64(bound));
+inline unsigned below(Words distance, Words bound) {
+  return _mm512_cmplt_epi64_mask(distance, bound);
 }
 inline void store(Words x, int64_t* p) { _mm512_storeu_si512(p, x); }
 #elif defined(__AVX2__)
@@ -90,9 +91,8 @@ inline Words add_difference(Words sum, Words a, Words b) {
   const Words high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi64(x, 4), nibble));
   return _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_add_epi8(low, high), zero()));
 }
-inline unsigned below(Words distance, int64_t bound) {
-  const Words less = _mm256_cmpgt_epi64(_mm256_set1_epi64x(bound), distance);
-  return unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(less)));
+inline unsigned below(Words distance, Words bound) {
+  return unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(bound, distance))));
 }
 inline void store(Words x, int64_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 #else
@@ -105,7 +105,7 @@ inline Words zero() { return 0; }
 inline Words add_difference(Words sum, Words a, Words b) {
   return sum + uint64_t(std::popcount(a ^ b));
 }
-inline unsigned below(Words distance, int64_t bound) { return int64_t(distance) < bound; }
+inline unsigned below(Words distance, Words bound) { return distance < bound; }
 inline void store(Words x, int64_t* p) { *p = int64_t(x); }
 #endif
 
@@ -132,22 +132,36 @@ struct Codes {
   }
 }
 
-// The first n of kTogether queries against m transposed codes, the first of which is j0.
+// The first n of kTogether queries against m transposed codes, the first of which is j0. The words
+// of the queries stay in registers where their number is known.
+template <int kWords>
 void scan(const uint64_t* queries, int64_t words, int n, const uint64_t* codes, int64_t stride,
           int64_t m, int64_t j0, Best* best) {
+  if (kWords) words = kWords;
+  Words query[kTogether][std::max(kWords, 1)], bound[kTogether];
+  for (int q = 0; q < kTogether; ++q) {
+    for (int w = 0; w < kWords; ++w) query[q][w] = broadcast(queries[q * words + w]);
+    bound[q] = broadcast(q < n ? uint64_t(best[q].bound) : 0);  // of none, no distance is below
+  }
   for (int64_t j = 0; j < m; j += kLanes) {
     Words sum[kTogether] = {zero(), zero(), zero(), zero()};
+#pragma GCC unroll 4
     for (int64_t w = 0; w < words; ++w) {
       const Words code = load(codes + w * stride + j);
 #pragma GCC unroll 4
       for (int q = 0; q < kTogether; ++q)
-        sum[q] = add_difference(sum[q], broadcast(queries[q * words + w]), code);
+        sum[q] = add_difference(
+            sum[q], kWords ? query[q][kWords ? w : 0] : broadcast(queries[q * words + w]), code);
     }
+    unsigned hits[kTogether], any = 0;
+#pragma GCC unroll 4
+    for (int q = 0; q < kTogether; ++q) any |= hits[q] = below(sum[q], bound[q]);
+    if (!any) continue;
 #pragma GCC unroll 4
     for (int q = 0; q < kTogether; ++q) {
-      if (q >= n) break;
-      const unsigned hits = below(sum[q], best[q].bound);
-      if (hits) take(sum[q], hits, m - j, j0 + j, best[q]);
+      if (!hits[q]) continue;
+      take(sum[q], hits[q], m - j, j0 + j, best[q]);
+      bound[q] = broadcast(uint64_t(best[q].bound));
     }
   }
 }
@@ -163,14 +177,15 @@ void search(const Codes& queries, int64_t q0, int64_t n, const Codes& codes, int
   std::fill_n(packed, (n + kTogether) * words, 0);
   for (int64_t q = 0; q < n; ++q)
     for (int64_t w = 0; w < words; ++w) packed[q * words + w] = queries.word(q0 + q, w);
+  const auto chosen = words == 1 ? scan<1> : words == 2 ? scan<2> : words == 4 ? scan<4> : scan<0>;
   uint64_t* transposed = code_storage.get<uint64_t>(words * block + 8);
   for (int64_t j0 = begin; j0 < end; j0 += block) {
     const int64_t m = std::min(block, end - j0);
     for (int64_t j = 0; j < m; ++j)
       for (int64_t w = 0; w < words; ++w) transposed[w * block + j] = codes.word(j0 + j, w);
     for (int64_t q = 0; q < n; q += kTogether)
-      scan(packed + q * words, words, int(std::min<int64_t>(kTogether, n - q)), transposed, block,
-           m, j0, best + q);
+      chosen(packed + q * words, words, int(std::min<int64_t>(kTogether, n - q)), transposed, block,
+             m, j0, best + q);
   }
 }
 
