@@ -19,6 +19,7 @@ from weft.nn.incremental import (
     translate_features,
 )
 from weft.nn.mahalanobis import MahalanobisHead, class_aware_alignment_loss
+from weft.nn.nadaraya_watson import NadarayaWatsonHead
 from weft.nn.orthogonal import (
     BasisTransformation,
     OrthogonalCompatibleLayer,
@@ -56,6 +57,7 @@ __all__ = [
     "HigherOrderCompatibilityLoss",
     "InvarianceProduct",
     "MahalanobisHead",
+    "NadarayaWatsonHead",
     "NearestMeanClassifier",
     "OrthogonalCompatibleLayer",
     "PartialFC",
