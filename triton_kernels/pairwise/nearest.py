@@ -89,6 +89,7 @@ def candidates_kernel(
 ):
     """The K smallest keys of BLOCK_N rows and `part` columns, in no order: keys (parts, N, K)."""
     points = (x, y, N, M, D, stride_xn, stride_xd, stride_ym, stride_yd)
+    squares = (x_squares, y_squares)
     affine = (scale, shift, row_factor, column_factor, row_bias, column_bias)
     number = tl.program_id(0) % parts
     i = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -99,7 +100,7 @@ def candidates_kernel(
     worst = tl.max(best, 1)
     for start in range(first, last, BLOCK_M):
         j = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        u = base_tile(points, (x_squares, y_squares), i, j, BASE, DIRECT, BLOCK_D, PRECISION)
+        u = base_tile(points, squares, (None, 0, 0), i, j, BASE, DIRECT, BLOCK_D, PRECISION)
         v, _ = argument_tile(u, affine, i, j, N, M)
         if LARGEST:
             v = -v

@@ -94,6 +94,7 @@ def direct_tile(points, i, j, BASE: tl.constexpr):
 def base_tile(
     points,
     squares,
+    given,
     i,
     j,
     BASE: tl.constexpr,
@@ -101,13 +102,21 @@ def base_tile(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """u_ij of a tile; of rows and columns that do not exist, anything."""
+    """u_ij of a tile; of rows and columns that do not exist, anything.
+
+    ``given`` is (products of a block, its first row and column), or begins with None.
+    """
     if DIRECT:
         u = direct_tile(points, i, j, BASE)
     else:
-        u = product_tile(points, i, j, BLOCK_D, PRECISION)
+        N, M = points[2], points[3]
+        products, first_i, first_j = given
+        if products is not None:
+            at = products + (i - first_i)[:, None] * (M - first_j) + (j - first_j)[None, :]
+            u = tl.load(at, mask=(i < N)[:, None] & (j < M)[None, :], other=0.0)
+        else:
+            u = product_tile(points, i, j, BLOCK_D, PRECISION)
         if BASE == SQUARED:
-            N, M = points[2], points[3]
             x_squares, y_squares = squares
             # Below 1/128 of the sum seven bits are lost. A NaN comes here too: of an infinity.
             sums = tl.load(x_squares + i, mask=i < N, other=1.0)[:, None]
@@ -201,14 +210,11 @@ class Problem:
     x_squares: Tensor | None = None
     y_squares: Tensor | None = None
     precision: str = "ieee"
+    direct: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.x.shape[0], self.y.shape[0], self.x.shape[1]
-
-    @property
-    def direct(self) -> bool:
-        return self.base == "l1" or self.x.shape[1] <= DIRECT_UP_TO
 
     @property
     def dtype_class(self) -> str:
@@ -272,6 +278,7 @@ def problem_of(
     shift: float = 0.0,
     parameter: float = 0.0,
     precision: str | None = None,
+    direct: bool = False,
 ) -> Problem:
     """The problem of an op's arguments, with the norms and moved points that its plan needs."""
     contiguous = lambda t: None if t is None else t.contiguous()  # noqa: E731
@@ -279,6 +286,7 @@ def problem_of(
         *(x, y, base, function, scale, shift, parameter),
         *(contiguous(row_factor), contiguous(column_factor), None, contiguous(bias)),
         precision=precision or float32_precision(),
+        direct=direct or base == "l1" or x.shape[1] <= DIRECT_UP_TO,
     )
     if problem.direct or base != "sqeuclidean":
         return problem
