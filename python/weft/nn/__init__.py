@@ -27,6 +27,8 @@ from weft.nn.orthogonal import (
     orthogonal_linear,
 )
 from weft.nn.partial_fc import PartialFC
+from weft.nn.pixel_propagation import PixelConsistencyLoss, PixelPropagation
+from weft.nn.probabilistic import ProbabilisticEmbeddingLoss
 from weft.nn.projections import (
     ConceptProjection,
     concept_basis,
@@ -61,6 +63,9 @@ __all__ = [
     "NearestMeanClassifier",
     "OrthogonalCompatibleLayer",
     "PartialFC",
+    "PixelConsistencyLoss",
+    "PixelPropagation",
+    "ProbabilisticEmbeddingLoss",
     "ProtoPNetHead",
     "ProtoPNetLoss",
     "PrototypeLayer",
