@@ -47,6 +47,7 @@ from weft.nn.relative import InvarianceProduct, RelativeRepresentation
 from weft.nn.st_protopnet import STProtoPNetHead, STProtoPNetLoss
 from weft.nn.triplet import TripletLoss
 from weft.nn.vector_quantizer import VectorQuantizer
+from weft.nn.visual_words import VisualWordPredictor, VisualWords
 
 __all__ = [
     "BasisTransformation",
@@ -77,6 +78,8 @@ __all__ = [
     "TEENClassifier",
     "TripletLoss",
     "VectorQuantizer",
+    "VisualWordPredictor",
+    "VisualWords",
     "average_compatibility",
     "backward_compatibility",
     "backward_compatible_loss",
