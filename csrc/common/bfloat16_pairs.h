@@ -90,7 +90,7 @@ class Bfloat16Pairs {
                    : _mm256_maskz_loadu_epi16(first_lanes(n), x);
     };
     const __m256i high = whole || q ? load16(q) : _mm256_setzero_si256();
-    return _mm512_inserti64x4(_mm512_castsi256_si512(load16(p)), high, 1);
+    return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(load16(p)), high, 1);
   }
   template <bool whole>
   static __m512i load16x2(const float* p, const float* q, int n) {

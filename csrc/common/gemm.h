@@ -56,11 +56,18 @@ void pack_columns(Matrix<S> b, typename Engine::Packed* target, int64_t depth) {
   const int64_t group = strips ? Engine::group_panels * Engine::columns : Engine::columns;
   const int64_t rows = strips ? 32 : std::max<int64_t>(b.rows, 1);
   for (int64_t g = 0; g < b.cols; g += group)
-    for (int64_t k = 0; k < b.rows; k += rows)
+    for (int64_t k = 0; k < b.rows; k += rows) {
+      if (strips && k + rows < b.rows) {
+        Prefetch next(b.at(k + rows, g), std::min(group, b.cols - g) * int64_t(sizeof(S)),
+                      std::min(rows, b.rows - k - rows), b.row_stride * int64_t(sizeof(S)));
+        while (next.next()) {
+        }
+      }
       for (int64_t j = g; j < std::min(g + group, b.cols); j += Engine::columns)
         Engine::pack_right(b.block(k, j, std::min(rows, b.rows - k),
                                    std::min<int64_t>(Engine::columns, b.cols - j)),
                            target + Engine::right_size(depth, j) + Engine::right_offset(k), depth);
+    }
 }
 
 }  // namespace product
@@ -155,8 +162,7 @@ struct LeftMatrix {
     const Matrix<S> part = a.block(row, k0, m, depth);
     const int64_t n = Engine::panels(m);
     if constexpr (std::is_same_v<typename Engine::Packed, S>) {
-      // Packing pays where each element is read often.
-      if (a.col_stride == 1 && cols <= 8 * Engine::columns && Engine::reads_in_place(m, depth))
+      if (a.col_stride == 1 && Engine::reads_in_place(part, cols))
         return {{part.data, m, depth, part.row_stride, 1}, 0, n, 0, row};
     }
     auto* packed = Buffers<Engine>::mine().left.template get<typename Engine::Packed>(

@@ -65,9 +65,9 @@ struct AmxProduct {
     }
   };
 
-  // Whether a left operand with contiguous rows need not be packed: whole tiles only.
-  static bool reads_in_place(int64_t rows, int64_t depth) {
-    return rows % 16 == 0 && depth % 32 == 0;
+  // Whether a left operand with contiguous rows is not packed: whole tiles only.
+  static bool reads_in_place(Matrix<bfloat16> a, int64_t cols) {
+    return cols <= 8 * columns && a.rows % 16 == 0 && a.cols % 32 == 0;
   }
 
   static int64_t panels(int64_t rows) { return ceil_div(rows, 32); }

@@ -34,8 +34,10 @@ struct Bf16Product {
     Session() {}
   };
 
-  // Whether a left operand with contiguous rows need not be packed.
-  static bool reads_in_place(int64_t, int64_t) { return true; }
+  // Whether a left operand with contiguous rows is not packed.
+  static bool reads_in_place(Matrix<bfloat16> a, int64_t cols) {
+    return Tile::reads_in_place(a, cols);
+  }
 
   static int64_t panels(int64_t rows) { return ceil_div(rows, Tile::max_height); }
   static int64_t panel_start(int64_t rows, int64_t i) {
@@ -70,6 +72,8 @@ struct Bf16Product {
   // One panel: the source is (depth, up to `columns` columns); the missing columns become 0.
   template <typename S>
   static void pack_right(Matrix<S> b, bfloat16* target, int64_t) {
+    if constexpr (std::is_same_v<S, bfloat16>)
+      if (b.col_stride == 1) return pack_rows(b, target);
     const Matrix<S> bt = b.transposed();
     for (int64_t j = 0; j < columns; j += 16)
       pack(bt.block(std::min(j, b.cols), 0, std::clamp<int64_t>(b.cols - j, 0, 16), b.rows),
@@ -96,6 +100,23 @@ struct Bf16Product {
   }
 
  private:
+  // A panel whose rows are contiguous: whole lines, each read once.
+  static void pack_rows(Matrix<bfloat16> b, bfloat16* target) {
+    const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    // 0, 32, 1, 33, ...: columns of k and of k + 1 in turn; then those from 16 on.
+    const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(ramp, _mm512_set1_epi32(0x10001)),
+                                         _mm512_set1_epi32(0x200000));
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x100010));
+    const auto valid = __mmask32((uint64_t(1) << b.cols) - 1);
+    for (int64_t k = 0; k < b.rows; k += 2, target += 2 * columns) {
+      const __m512i even = _mm512_maskz_loadu_epi16(valid, b.at(k, 0));
+      const __m512i odd =
+          k + 1 < b.rows ? _mm512_maskz_loadu_epi16(valid, b.at(k + 1, 0)) : _mm512_setzero_si512();
+      _mm512_storeu_si512(target, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(target + columns, _mm512_permutex2var_epi16(even, high, odd));
+    }
+  }
+
   // Words of x, up to 16 indices by any number of k, [pair of k][index]: `width` of the indices
   // are written, and from one pair to the next are `stride` words.
   template <typename S>

@@ -36,8 +36,8 @@ struct VectorProduct {
     Session() {}
   };
 
-  // Whether a left operand with contiguous rows need not be packed.
-  static bool reads_in_place(int64_t, int64_t) { return true; }
+  // Whether a left operand with contiguous rows is not packed.
+  static bool reads_in_place(Matrix<T> a, int64_t cols) { return Tile::reads_in_place(a, cols); }
 
   static int64_t panels(int64_t rows) { return ceil_div(rows, max_height); }
   static int64_t panel_start(int64_t rows, int64_t i) {

@@ -40,6 +40,13 @@ struct RegisterTile {
   // rows_adjacent: the step k of row i begins at a[k / step * a_stride + i * step], and B and A
   // hold whole steps; otherwise at a[i * a_stride + k], and nothing beyond `depth` is read.
   void run(int height, bool rows_adjacent) const;
+
+  // Whether rows with contiguous k are better read as they lie. Packing pays where each element is
+  // read often, and sooner where the rows of a tile share one set of the first-level cache.
+  static bool reads_in_place(Matrix<T> a, int64_t cols) {
+    const bool shared_set = a.rows > 8 && a.row_stride * int64_t(sizeof(T)) % 4096 == 0;
+    return cols <= (shared_set ? 2 : 8) * columns;
+  }
 };
 
 }  // namespace weft

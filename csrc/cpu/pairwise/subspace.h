@@ -32,23 +32,31 @@ struct UnitRows {
   }
 
  private:
+  static Vec<Acc<T>> load(const T* p, int64_t n) {
+    return n >= Vec<Acc<T>>::size ? Vec<Acc<T>>::load(p) : Vec<Acc<T>>::load(p, n);
+  }
   void normalize_row(const Matrix<T>& x, int64_t b, double eps, T* out) {
     using A = Acc<T>;
     const T* in = x.at(b, 0);
-    A largest = 0;
-    for (int64_t d = 0; d < x.cols; ++d) {
-      const A size = std::abs(A(in[d * x.col_stride]));
-      largest = largest < size ? size : largest;  // a NaN is passed over here and kept below
+    if (x.col_stride != 1) {
+      for (int64_t d = 0; d < x.cols; ++d) out[d] = in[d * x.col_stride];
+      in = out;
     }
+    constexpr int64_t W = Vec<A>::size;
+    Vec<A> sizes;
+    for (int64_t d = 0; d < x.cols; d += W)  // a NaN is passed over here and kept below
+      sizes = max(abs(load(in + d, x.cols - d)), sizes);
+    const A largest = reduce_max(sizes);
     constexpr int most = std::numeric_limits<A>::max_exponent - 2;
     const int e = largest > 0 && std::isfinite(largest) ? std::ilogb(largest) : 0;
     const A down = std::ldexp(A(1), -std::clamp(e, -most, most));
-    A square = 0;
-    for (int64_t d = 0; d < x.cols; ++d) {
-      const A v = A(in[d * x.col_stride]) * down;
-      out[d] = T(v);
-      square += v * v;
+    Vec<A> squares;
+    for (int64_t d = 0; d < x.cols; d += W) {
+      const Vec<A> v = load(in + d, x.cols - d) * Vec<A>(down);
+      x.cols - d >= W ? v.store(out + d) : v.store(out + d, x.cols - d);
+      squares = fma(v, v, squares);
     }
+    const A square = reduce_sum(squares);
     const A length = std::sqrt(square), floor = A(eps) * down;
     inside[b] = length <= floor;
     const A divisor = inside[b] ? floor : length;
