@@ -3,6 +3,7 @@
 from weft import native, nn, optim  # native loads the libraries
 from weft.dispatch import use
 from weft.ops.checks import check_values
+from weft.ops.pairwise.cross_entropy import contrastive_loss, linear_cross_entropy
 from weft.ops.pairwise.grassmann_step import grassmann_step, grassmann_step_
 from weft.ops.pairwise.hamming_topk import hamming_topk, pack_bits
 from weft.ops.pairwise.masks import PairMask
@@ -16,9 +17,11 @@ __all__ = [
     "ManifoldParameter",
     "PairMask",
     "check_values",
+    "contrastive_loss",
     "grassmann_step",
     "grassmann_step_",
     "hamming_topk",
+    "linear_cross_entropy",
     "maxsim",
     "native",
     "nearest",

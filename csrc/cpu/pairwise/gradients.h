@@ -44,6 +44,23 @@ class PairBackward {
     if (out.bias) std::fill_n(out.bias, M, A(0));
   }
 
+  // For weights that the caller has, in place of `run`: products only, added to the sums in x and
+  // y, which the caller keeps.
+  PairBackward(const PairTiles<T>& tiles, A* x, A* y) : p_(tiles), out_{} {
+    x_.sum = x, y_.sum = y;
+    std::fill_n(x, p_.rows() * p_.depth(), A(0));
+    std::fill_n(y, p_.columns() * p_.depth(), A(0));
+    unusual_x_ = unusual(p_.x), unusual_y_ = unusual(p_.y);
+  }
+  // h: rows [i0, i0 + h.rows), all columns.
+  void add_rows(int64_t i0, Matrix<H> h) {
+    for (int64_t j = 0; j < h.cols; j += kGroupColumns) {
+      const Matrix<H> group = h.block(0, j, h.rows, std::min(kGroupColumns, h.cols - j));
+      add_products(p_.y, unusual_y_, j, group, i0, x_.sum);
+      add_products(p_.x, unusual_x_, i0, group.transposed(), j, y_.sum);
+    }
+  }
+
   // weights(i0, n, j0, m, s, w): w (n, m) from s (n, m).
   template <typename Weights>
   void run(Weights weights) {

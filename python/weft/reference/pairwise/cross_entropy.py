@@ -132,10 +132,14 @@ def pairwise_cross_entropy_backward(
     grad_row_target: Tensor | None,
     grad_column_lse: Tensor | None,
     grad_column_target: Tensor | None,
+    row_lse: Tensor | None = None,
+    column_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w_ij = ∂L/∂s_ij = a_i p_ij + b_i T_ij, with a, b the gradients of lse and t, plus the same of
     columns; g = w (1 − (s/c)²);  ∂x = scale factor g y,  ∂y = scale factor gᵀ x,  ∂bias_j = Σ_i
-    g_ij,  ∂factor = scale Σ_ij g_ij ⟨x_i, y_j⟩.  p = e^{s − lse}, or the sigmoid of s."""
+    g_ij,  ∂factor = scale Σ_ij g_ij ⟨x_i, y_j⟩.  p = e^{s − lse}, or the sigmoid of s.
+
+    The lse of more columns than are here may be given; it is then a constant."""
     dtype = x.dtype
     x, y = upcast(x, y)
     options = (scale, softcap, margin, uniform, sigmoid, exclude_diagonal)
@@ -148,18 +152,18 @@ def pairwise_cross_entropy_backward(
             grad_column_lse = grad_loss * column_weight
             grad_column_target = -grad_column_lse
 
-    def weights(dim, share, of_lse, of_target):
+    def weights(dim, share, lse, of_lse, of_target):
         of_lse, of_target, share = (t.unsqueeze(dim) for t in (of_lse, of_target, share))
-        lse = _log_sum_exp(s, counts, dim, False).unsqueeze(dim)
+        lse = (_log_sum_exp(s, counts, dim, False) if lse is None else lse).unsqueeze(dim)
         some = counts & (lse != -torch.inf)
         p = s.sigmoid() if sigmoid else torch.where(some, s - lse, -torch.inf).exp()
         p = torch.where(counts & ((of_lse != 0) | p.isfinite()), p, 0)
         T = share * positive + uniform * counts.to(s.dtype)
         return of_lse * p + of_target * T
 
-    w = weights(1, row_share, grad_row_lse, grad_row_target)
+    w = weights(1, row_share, row_lse, grad_row_lse, grad_row_target)
     if column_share is not None:
-        w = w + weights(0, column_share, grad_column_lse, grad_column_target)
+        w = w + weights(0, column_share, column_lse, grad_column_lse, grad_column_target)
     if softcap:
         w = torch.where(w == 0, 0, w * (1 - (capped / softcap).square()))
     h = scale * w if factor is None else scale * factor * w
