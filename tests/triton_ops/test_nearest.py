@@ -86,6 +86,16 @@ def test_nan_comes_first_and_masked_never(largest):
     check(x, y, k=3, largest=largest, mask=mask.T.contiguous().T)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_labels_and_the_diagonal(equal):
+    """Rows of one matrix, of which many tie: candidates are not enough."""
+    x = randn(40, 20, device=DEVICE)
+    x[10:] = x[10]
+    labels = torch.arange(40, device=DEVICE) % 3
+    kind = weft.PairMask.same if equal else weft.PairMask.different
+    check(x[:6], x, k=3, mask=kind(labels[:6], labels) & weft.PairMask.distinct())
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_squares_leave_float32(scale):
     x, y = scale * randn(3, 20, device=DEVICE), scale * randn(40, 20, device=DEVICE, seed=1)

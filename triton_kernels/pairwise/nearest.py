@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.triton_kernels.common import Config, configure, launch, rounded
+from weft.triton_kernels.pairwise.dense_tiles import allowed_tile
 from weft.triton_kernels.pairwise.keys import (
     NONE,
     exact_argument,
@@ -74,6 +75,8 @@ def candidates_kernel(
     mask,
     stride_mn,
     stride_mm,
+    row_labels,
+    column_labels,
     keys,
     part,
     parts,
@@ -81,6 +84,8 @@ def candidates_kernel(
     FUNCTION: tl.constexpr,
     DIRECT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SAME: tl.constexpr,
+    OFF_DIAGONAL: tl.constexpr,
     LARGEST: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,6 +95,7 @@ def candidates_kernel(
     """The K smallest keys of BLOCK_N rows and `part` columns, in no order: keys (parts, N, K)."""
     points = (x, y, N, M, D, stride_xn, stride_xd, stride_ym, stride_yd)
     squares = (x_squares, y_squares)
+    allow = (mask, stride_mn, stride_mm, row_labels, column_labels)
     affine = (scale, shift, row_factor, column_factor, row_bias, column_bias)
     number = tl.program_id(0) % parts
     i = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,10 +110,7 @@ def candidates_kernel(
         v, _ = argument_tile(u, affine, i, j, N, M)
         if LARGEST:
             v = -v
-        allowed = (i < N)[:, None] & (j < last)[None, :]
-        if mask is not None:
-            at = mask + i[:, None] * stride_mn + j[None, :] * stride_mm
-            allowed &= tl.load(at, mask=allowed, other=0).to(tl.int1)
+        allowed = allowed_tile(allow, i, j, N, last, SAME, OFF_DIAGONAL)
         key = (ordered_bits(v).to(tl.int64) << 32) | j[None, :]
         key = tl.where(allowed, key, NONE)
         new = tl.min(key, 1)
@@ -142,6 +145,8 @@ def refine_kernel(
     mask,
     stride_mn,
     stride_mm,
+    row_labels,
+    column_labels,
     keys,
     margins,
     values,
@@ -150,6 +155,8 @@ def refine_kernel(
     fill,
     BASE: tl.constexpr,
     FUNCTION: tl.constexpr,
+    SAME: tl.constexpr,
+    OFF_DIAGONAL: tl.constexpr,
     LARGEST: tl.constexpr,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -158,6 +165,7 @@ def refine_kernel(
     """One row: its K candidates in float64, all columns where they may not have the best k."""
     points = (x, y, N, M, D, stride_xn, stride_xd, stride_ym, stride_yd)
     wide = (scale_high, scale_low, row_factor, column_factor, bias)
+    allow = (mask, stride_mn, stride_mm, row_labels, column_labels)
     i = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K)
     key = tl.load(keys + i * K + slot)
@@ -181,10 +189,9 @@ def refine_kernel(
         j = NONE - slot.to(tl.int64)
         for start in range(0, M, BLOCK_J):
             column = start + tl.arange(0, BLOCK_J).to(tl.int64)
-            allowed = column < M
-            if mask is not None:
-                at = mask + i * stride_mn + column * stride_mm
-                allowed &= tl.load(at, mask=allowed, other=0).to(tl.int1)
+            row = i + tl.zeros((1,), tl.int64)
+            allowed = allowed_tile(allow, row, column, N, M, SAME, OFF_DIAGONAL)
+            allowed = tl.max(allowed.to(tl.int32), 0) > 0
             w = exact_argument(points, wide, i, column, allowed, BASE, BLOCK_D)
             found = tl.where(allowed, ordered_bits_64(-w if LARGEST else w), NONE)
             smallest, largest = tl.min(found, 0), tl.max(order, 0)
@@ -254,14 +261,14 @@ def pairwise_select(
     shift: float,
     parameter: float,
     mask: Tensor | None,
-    x_labels: None,
-    y_labels: None,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
     same: bool,
     off_diagonal: bool,
     k: int,
     largest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(values (N, k) in the dtype of x, indices (N, k)); the op refuses labels and the diagonal."""
+    """(values (N, k) in the dtype of x, indices (N, k))."""
     (N, D), M = x.shape, y.shape[0]
     fill = -torch.inf if largest else torch.inf
     if N * M == 0:
@@ -274,7 +281,9 @@ def pairwise_select(
     problem = replace(problem, shift=0.0)
     decreasing = function == "exp" or (function == "log_ratio" and parameter < 1)
     kinds = {"LARGEST": largest != decreasing, "K": padded_count(k)}
-    mask_arguments = (mask, *((0, 0) if mask is None else mask.stride()))
+    kinds |= {"SAME": same, "OFF_DIAGONAL": off_diagonal}
+    strides = (0, 0) if mask is None else mask.stride()
+    mask_arguments = (mask, *strides, x_labels, y_labels)
     config = configure(TABLE, x.device, problem.dtype_class)
     BLOCK_N, BLOCK_M = config.tiles["BLOCK_N"], config.tiles["BLOCK_M"]
     parts = parts_of(N, M, BLOCK_N, BLOCK_M)
@@ -326,4 +335,5 @@ def example_launches(dtype: torch.dtype) -> None:
         pairwise_select(
             x, y, *factors, "sqeuclidean", "arcosh", 2.0, 0.0, 1.0, mask, *no_mask[1:], 10, False
         )
-    pairwise_select(x, y, *none, "l1", *identity, *no_mask, 10, False)
+    labels = [torch.empty(n, dtype=torch.int64, device="meta") for n in (10_000, 8192)]
+    pairwise_select(x, y, *none, "l1", *identity, None, *labels, False, True, 10, False)

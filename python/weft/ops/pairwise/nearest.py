@@ -154,9 +154,7 @@ def _reference_backward(*args):
 
 def _refuses_on_triton(*args) -> str | None:
     """A row's candidates stay in registers, and a column's number has 31 bits."""
-    y, (x_labels, _, _, off_diagonal, k, _) = args[1], args[-6:]
-    if x_labels is not None or off_diagonal:
-        return "takes masks that are a matrix only"
+    y, k = args[1], args[-2]
     if k > 32:
         return f"keeps at most 32 neighbours of a row, not {k}"
     return "takes less than 2^31 rows of y" if y.shape[0] >= 2**31 else None
