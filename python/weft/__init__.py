@@ -11,11 +11,14 @@ from weft.ops.pairwise.nearest import nearest
 from weft.ops.pairwise.segment_max import maxsim, prototype_similarity
 from weft.ops.pairwise.subspace_logits import subspace_logits
 from weft.ops.pairwise.subspace_project import subspace_project
+from weft.ops.stats.moments import SegmentStats
+from weft.ops.stats.segment_stats import segment_stats
 from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
     "ManifoldParameter",
     "PairMask",
+    "SegmentStats",
     "check_values",
     "contrastive_loss",
     "grassmann_step",
@@ -29,6 +32,7 @@ __all__ = [
     "optim",
     "pack_bits",
     "prototype_similarity",
+    "segment_stats",
     "subspace_logits",
     "subspace_project",
     "use",
