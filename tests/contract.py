@@ -95,6 +95,9 @@ def values_and_gradients(call: Call, function=None, seed: int = 7):
         .to(r.device, r.dtype)
         for r in graded
     ]
+    # A sum of weights that are no argument of the call depends on no leaf.
+    pairs = [(r, u) for r, u in zip(graded, upstream, strict=True) if r.requires_grad]
+    graded, upstream = zip(*pairs, strict=True)
     return [r.detach() for r in results], list(torch.autograd.grad(graded, leaves, upstream))
 
 

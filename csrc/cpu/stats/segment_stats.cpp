@@ -110,7 +110,9 @@ Acc<T> block_stats(const Rows<T>& x, const int64_t* begin, const int64_t* end,
         store(mean, out.mean + at);
         store(step - (mean - shift), out.low + at);
         const Vec<A> lost = fma(p[v], p[v] + carried + carried, -(carried * mass * low));
-        store(load(out.m2 + at) + (q[v] - lost * inverse), out.m2 + at);
+        // What is added is a sum of squares: rounding must not make it negative.
+        const Vec<A> added = maximum(q[v] - lost * inverse, Vec<A>());
+        store(load(out.m2 + at) + added, out.m2 + at);
       }
     };
     int64_t d = 0;

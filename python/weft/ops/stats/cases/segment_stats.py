@@ -64,7 +64,7 @@ SAMPLES = [
     _sample("one_class", 71, 131, 4, one=True),
     _sample("columns", 13, 6, 3, view=lambda x, labels: (x.T.contiguous().T, labels)),
     _sample("sliced", 26, 12, 3, view=lambda x, labels: (x[::2, 1::2], labels[::2])),
-    _sample("expanded", 13, 1, 3, view=lambda x, labels: (x[:1].expand(13, 7), labels)),
+    _sample("expanded", 13, 1, 3, view=lambda x, labels: (x.expand(13, 7), labels)),
     _sample("weights", 13, 5, 3, weights=WEIGHTS),
     _sample("weights_of_zero", 13, 5, 3, view=_unused_are_nan, weights=SOME),
     _sample("shared_covariance", 13, 5, 3, covariance="shared"),
