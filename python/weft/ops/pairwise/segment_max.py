@@ -10,6 +10,7 @@ from weft.dispatch import transformed
 from weft.ops.checks import autocast, check_float, values_are_checked
 from weft.ops.registration import (
     Op,
+    cpu,
     reference,
     register_gradient,
     register_gradient_by_reference,
@@ -243,7 +244,11 @@ forward = Op(
     "-> (Tensor values, Tensor indices)",
     family="pairwise",
     fake=_fake,
-    implementations=[triton("pairwise.segment_max", "segment_max"), reference(_reference)],
+    implementations=[
+        cpu("segment_max"),
+        triton("pairwise.segment_max", "segment_max"),
+        reference(_reference),
+    ],
 )
 backward = Op(
     "segment_max_backward",
@@ -252,6 +257,7 @@ backward = Op(
     family="pairwise",
     fake=_fake_backward,
     implementations=[
+        cpu("segment_max_backward"),
         triton("pairwise.segment_max", "segment_max_backward"),
         reference(_reference_backward),
     ],
