@@ -67,13 +67,13 @@ def _padding_is_nan(queries, documents):
 
 
 MAXSIM_SAMPLES = [
-    Sample("plain", _tokens(2, 3, 4, 5, 6)),
-    Sample("lengths", _tokens(2, 3, 4, 6, 5), LENGTHS),
-    Sample("padding_is_nan", _tokens(2, 3, 4, 6, 5, view=_padding_is_nan), LENGTHS),
-    Sample("zero", _tokens(2, 3, 4, 6, 5), {**LENGTHS, "pad": "zero"}),
+    Sample("plain", _tokens(2, 2, 3, 4, 3)),
+    Sample("lengths", _tokens(2, 3, 4, 6, 2), LENGTHS),
+    Sample("padding_is_nan", _tokens(2, 3, 4, 6, 2, view=_padding_is_nan), LENGTHS),
+    Sample("zero", _tokens(2, 3, 4, 6, 2), {**LENGTHS, "pad": "zero"}),
     Sample(
         "packed",
-        _tokens(2, 3, 4, 6, 5, view=lambda q, d: (q, d.flatten(0, 1))),
+        _tokens(2, 3, 4, 6, 2, view=lambda q, d: (q, d.flatten(0, 1))),
         {"query_lengths": QUERY_LENGTHS, "document_offsets": OFFSETS},
     ),
     Sample("one", _tokens(1, 1, 1, 1, 1), {"pad": "zero"}),
@@ -85,7 +85,7 @@ MAXSIM_SAMPLES = [
     ),
     Sample(
         "transposed",
-        _tokens(2, 3, 6, 4, 5, view=lambda q, d: (q, d.transpose(0, 1))),
+        _tokens(2, 3, 4, 3, 2, view=lambda q, d: (q, d.transpose(0, 1))),
         {"pad": "zero"},
     ),
     Sample(
@@ -161,15 +161,15 @@ def _maps(B, D, H, W, P, view=None):
 
 
 PROTOTYPE_SAMPLES = [
-    Sample("plain", _maps(3, 4, 2, 3, 5)),
-    Sample("linear", _maps(3, 4, 2, 3, 5), {"activation": "linear"}),
-    Sample("rbf", _maps(3, 4, 2, 3, 5), {"activation": "rbf", "gamma": 0.25}),
-    Sample("eps", _maps(3, 4, 2, 3, 5), {"eps": 0.5}),
+    Sample("plain", _maps(2, 3, 2, 2, 4)),
+    Sample("linear", _maps(2, 3, 2, 2, 4), {"activation": "linear"}),
+    Sample("rbf", _maps(2, 3, 2, 2, 4), {"activation": "rbf", "gamma": 0.25}),
+    Sample("eps", _maps(2, 3, 2, 2, 4), {"eps": 0.5}),
     Sample("one", _maps(1, 1, 1, 1, 1)),
     Sample("prime", _maps(3, 37, 5, 7, 41)),
     Sample(
         "channels_last",
-        _maps(2, 5, 3, 4, 6, view=lambda x, p: (x.to(memory_format=torch.channels_last), p)),
+        _maps(2, 3, 2, 3, 4, view=lambda x, p: (x.to(memory_format=torch.channels_last), p)),
     ),
     Sample("sliced", _maps(4, 8, 6, 4, 6, view=lambda x, p: (x[::2, ::2, ::2], p[::2, 1::2]))),
     Sample("no_images", _maps(0, 4, 2, 3, 5)),
