@@ -4,10 +4,12 @@ from weft import native, nn, optim  # native loads the libraries
 from weft.dispatch import use
 from weft.ops.checks import check_values
 from weft.ops.pairwise.cross_entropy import contrastive_loss, linear_cross_entropy
+from weft.ops.pairwise.distance import pairwise_distance
 from weft.ops.pairwise.grassmann_step import grassmann_step, grassmann_step_
 from weft.ops.pairwise.hamming_topk import hamming_topk, pack_bits
 from weft.ops.pairwise.masks import PairMask
 from weft.ops.pairwise.nearest import nearest
+from weft.ops.pairwise.pairwise import pairwise
 from weft.ops.pairwise.segment_max import maxsim, prototype_similarity
 from weft.ops.pairwise.subspace_logits import subspace_logits
 from weft.ops.pairwise.subspace_project import subspace_project
@@ -31,6 +33,8 @@ __all__ = [
     "nn",
     "optim",
     "pack_bits",
+    "pairwise",
+    "pairwise_distance",
     "prototype_similarity",
     "segment_stats",
     "subspace_logits",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.ops.checks import check_float
+from weft.ops.checks import check_float, values_are_checked
 from weft.reference.pairwise.pairs import Pair
 from weft.reference.pairwise.subspace_logits import unit
 
@@ -122,7 +122,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def _check_number(name: str, value: float, positive: bool = True) -> None:
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not abs(value) < math.inf or (positive and value <= 0):
         raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {value}")
 
 
@@ -161,3 +161,29 @@ def wide_squares(x: Tensor) -> Tensor:
     """‖x‖² of each row in the accumulation dtype: factors are float32 beside half precision."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return wide.square().sum(-1)
+
+
+def hyperbolic_of_tensor(
+    name: str, x: Tensor, y: Tensor, curvature: Tensor
+) -> tuple[Operands, Tensor]:
+    """poincare or lorentz where the curvature is a tensor that may require a gradient.
+
+    A pair function's parameters are numbers, so c goes into the row factors, and 1/√c is left to
+    the caller: s = factor · (that of the operands), with factor > 0.
+    """
+    check_rows(x, y)
+    if not curvature.is_floating_point() or curvature.dim() or curvature.device != x.device:
+        raise ValueError(
+            f"curvature must be a number or a 0-d float tensor on {x.device}, got "
+            f"{tuple(curvature.shape)} {curvature.dtype} on {curvature.device}"
+        )
+    if values_are_checked(curvature):
+        _check_number("curvature", float(curvature.detach()))
+    c = curvature.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if name == "poincare":
+        row, column = (1 / (1 - c * wide_squares(t)) for t in (x, y))
+        pair = Pair("sqeuclidean", "arcosh", parameter=1.0)
+        return Operands(x, y, pair, 2 * c * row, column), c.rsqrt()
+    flipped = torch.cat([-x[:, :1], x[:, 1:]], 1)
+    pair = Pair("dot", "arcosh", shift=-1.0, parameter=1.0)
+    return Operands(flipped, y, pair, (-c).expand(x.shape[0])), c.rsqrt()

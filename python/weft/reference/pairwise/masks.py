@@ -31,3 +31,8 @@ def allowed_pairs(
     for condition in conditions:
         mask = condition if mask is None else mask & condition
     return mask
+
+
+def mask_values(s: Tensor, mask: Tensor | None, fill: float) -> Tensor:
+    """``fill`` where the mask is False, whatever stood there."""
+    return s if mask is None else torch.where(mask, s, s.new_tensor(fill))
