@@ -34,9 +34,9 @@ def mean_head(make):
     return build
 
 
-def mahalanobis(tied):
+def mahalanobis(shared):
     def build(seed):
-        a = randn(D, 2 * D, seed=seed) if tied else randn(C, D, 2 * D, seed=seed)
+        a = randn(D, 2 * D, seed=seed) if shared else randn(C, D, 2 * D, seed=seed)
         return MahalanobisHead(randn(C, D, seed=seed + 1), a @ a.mT / D)
 
     return build
@@ -59,8 +59,8 @@ LAYERS = {
     "nearest mean": mean_head(lambda: NearestMeanClassifier(D, C)),
     "simplecil": mean_head(lambda: NearestMeanClassifier(D, C, metric="cosine", scale=8.0)),
     "teen": mean_head(lambda: TEENClassifier(D, 6, C)),
-    "mahalanobis tied": mahalanobis(True),
-    "mahalanobis full": mahalanobis(False),
+    "mahalanobis shared": mahalanobis(True),
+    "mahalanobis class": mahalanobis(False),
     "rbf": seeded(lambda: RBFClassifier(D, C, 12, width=8.0)),
     "guide": lambda seed: ConceptProjection(randn(4, D, seed=seed), 3),
     "ignore": lambda seed: ConceptProjection(randn(4, D, seed=seed), 3, mode="ignore"),

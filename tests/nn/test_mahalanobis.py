@@ -7,21 +7,21 @@ from weft.nn import ClassStatistics, MahalanobisHead, class_aware_alignment_loss
 from weft.ops.cases import randn
 
 
-def gaussians(C=4, D=5, tied=False):
+def gaussians(C=4, D=5, shared=False):
     mean = randn(C, D, dtype=torch.float64)
     a = randn(C, D, 2 * D, dtype=torch.float64, seed=1)
     covariance = a @ a.mT / (2 * D)
-    return mean, covariance[0] if tied else covariance
+    return mean, covariance[0] if shared else covariance
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_distances_are_by_the_inverse(tied):
-    mean, covariance = gaussians(tied=tied)
+@pytest.mark.parametrize("shared", [True, False])
+def test_distances_are_by_the_inverse(shared):
+    mean, covariance = gaussians(shared=shared)
     head = MahalanobisHead(mean, covariance, ridge=0.1)
     x = randn(2, 3, 5, dtype=torch.float64, seed=2)
     distances = head.distances(x)
     for c in range(4):
-        sigma = covariance if tied else covariance[c]
+        sigma = covariance if shared else covariance[c]
         inverse = torch.linalg.inv(sigma + 0.1 * torch.eye(5, dtype=torch.float64))
         difference = x - mean[c]
         expected = torch.einsum("...i,ij,...j->...", difference, inverse, difference)
@@ -29,9 +29,9 @@ def test_distances_are_by_the_inverse(tied):
     torch.testing.assert_close(head(x), -distances / 2)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_gradients_and_empty_batches(tied):
-    head = MahalanobisHead(*gaussians(tied=tied))
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_and_empty_batches(shared):
+    head = MahalanobisHead(*gaussians(shared=shared))
     x = randn(3, 5, dtype=torch.float64, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(head, x) and torch.autograd.gradgradcheck(head, x)
     assert head(x[:0]).shape == (0, 4)
@@ -39,7 +39,7 @@ def test_gradients_and_empty_batches(tied):
 
 def test_discriminant_analysis():
     """With one covariance, softmax of the logits is the posterior of the Gaussians."""
-    mean, covariance = gaussians(tied=True)
+    mean, covariance = gaussians(shared=True)
     x = randn(6, 5, dtype=torch.float64, seed=3)
     density = torch.stack(
         [torch.distributions.MultivariateNormal(m, covariance).log_prob(x) for m in mean], -1
@@ -48,16 +48,16 @@ def test_discriminant_analysis():
     torch.testing.assert_close(posterior, density.softmax(-1))
 
 
-@pytest.mark.parametrize("kind", ["tied", "full"])
+@pytest.mark.parametrize("kind", ["shared", "class"])
 def test_head_of_statistics(kind):
     x, labels = randn(60, 3, dtype=torch.float64), torch.arange(60) % 4
     statistics = ClassStatistics(3, 4, kind, dtype=torch.float64)
     for part in range(0, 60, 7):
         statistics.update(x[part : part + 7], labels[part : part + 7])
-    head = MahalanobisHead.from_statistics(statistics, correction=0)
+    head = MahalanobisHead.from_statistics(statistics, ddof=0)
     groups = [x[labels == c] for c in range(4)]
     covariances = torch.stack([torch.cov(g.mT, correction=0) for g in groups])
-    covariance = covariances.mean(0) if kind == "tied" else covariances
+    covariance = covariances.mean(0) if kind == "shared" else covariances
     expected = MahalanobisHead(torch.stack([g.mean(0) for g in groups]), covariance)
     torch.testing.assert_close(head(x), expected(x))
 
@@ -93,7 +93,7 @@ def test_alignment_pulls_features_to_their_class():
         ("positive definite", lambda: MahalanobisHead(torch.ones(2, 3), -torch.eye(3))),
         ("ridge", lambda: MahalanobisHead(torch.ones(2, 3), torch.eye(3), ridge=-1)),
         ("statistics", lambda: MahalanobisHead.from_statistics(ClassStatistics(3, 2))),
-        ("sample", lambda: MahalanobisHead.from_statistics(ClassStatistics(3, 2, "full"))),
+        ("sample", lambda: MahalanobisHead.from_statistics(ClassStatistics(3, 2, "class"))),
         ("x must be", lambda: MahalanobisHead(torch.ones(2, 3), torch.eye(3))(torch.ones(2, 4))),
         ("distances", lambda: class_aware_alignment_loss(torch.ones(3))),
         ("labels", lambda: class_aware_alignment_loss(torch.ones(1, 2), torch.tensor([2]))),

@@ -1,35 +1,14 @@
-"""Counts, means and scatter of classes that arrive in batches."""
-
-from typing import NamedTuple
+"""Counts, means and scatter of classes that arrive in batches, as the state of a module."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from weft.nn.checks import check_features, check_labels, check_sizes, full_precision
+from weft.ops.stats.moments import SegmentStats
+from weft.ops.stats.segment_stats import segment_stats
 
-COVARIANCES = (None, "diagonal", "tied", "full")
-
-
-class _Moments(NamedTuple):
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-
-def segment_stats(x: Tensor, labels: Tensor, num_classes: int, *, covariance: bool) -> _Moments:
-    """Moments of one batch: sums over the sorted samples, which repeat bit for bit."""
-    order = labels.argsort(stable=True)
-    x, labels = x[order], labels[order]
-    count = torch.bincount(labels, minlength=num_classes)
-    total = torch.segment_reduce(x, "sum", lengths=count, initial=0)
-    mean = total / count.clamp(min=1)[:, None]
-    residual = x - mean[labels]
-    if not covariance:
-        m2 = torch.segment_reduce(residual.square(), "sum", lengths=count, initial=0)
-        return _Moments(count, mean, m2)
-    parts = residual.split(count.tolist())
-    return _Moments(count, mean, torch.stack([part.mT @ part for part in parts]))
+COVARIANCES = (None, "shared", "class")
 
 
 class KeepsPrecision(nn.Module):
@@ -47,18 +26,14 @@ class KeepsPrecision(nn.Module):
 class ClassStatistics(KeepsPrecision):
     r"""Count, mean and scatter of each class, over any number of batches.
 
-    Batches are merged by the exact formulas for n, the mean and M2, so that their sizes and their
-    order matter to rounding alone:
-
-    .. math::
-        \mu = \mu_a + \frac{n_b}{n} \delta, \quad
-        M = M_a + M_b + \frac{n_a n_b}{n} \delta \delta^\top, \quad \delta = \mu_b - \mu_a
+    The state of a module around :func:`weft.segment_stats`: it is saved, moved and copied with the
+    model. Batches are merged exactly, so that their sizes and their order matter to rounding alone.
 
     Args:
         in_features: D.
         num_classes: C, with those that have no sample yet.
-        covariance: what is kept of the scatter around the means. ``None``: nothing.
-            ``"diagonal"``: ``(C, D)``. ``"tied"``: one ``(D, D)`` for all classes. ``"full"``:
+        covariance: what is kept of the scatter around the means beside that of each feature.
+            ``None``: nothing. ``"shared"``: one ``(D, D)`` for all classes. ``"class"``:
             ``(C, D, D)``.
         device, dtype: of the means; float64 or float32. A cast of the module to half precision
             leaves them as they are.
@@ -66,7 +41,8 @@ class ClassStatistics(KeepsPrecision):
     Attributes:
         count: ``(C,)`` int64.
         mean: ``(C, D)``; 0 for a class without samples.
-        m2: sums of (products of) deviations from the means; None if not kept.
+        m2: ``(C, D)``, sums of squared deviations from the means.
+        scatter: sums of products of deviations; None if not kept.
 
     Raises:
         ValueError: sizes, an unknown covariance, labels outside the classes.
@@ -92,14 +68,17 @@ class ClassStatistics(KeepsPrecision):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in (torch.float64, torch.float32):
             raise TypeError(f"dtype must be float64 or float32, got {dtype}")
-        C, D = num_classes, in_features
-        shapes = {None: None, "diagonal": (C, D), "tied": (D, D), "full": (C, D, D)}
-        shape = shapes[covariance]
         self.in_features, self.num_classes, self.kind = in_features, num_classes, covariance
-        self.register_buffer("count", torch.zeros(C, dtype=torch.int64, device=device))
-        self.register_buffer("mean", torch.zeros(C, D, dtype=dtype, device=device))
-        m2 = None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
-        self.register_buffer("m2", m2)
+        empty = SegmentStats.empty(
+            num_classes, in_features, covariance=covariance or False, dtype=dtype, device=device
+        )
+        for name, value in empty._asdict().items():
+            self.register_buffer(name, value)
+
+    @property
+    def stats(self) -> SegmentStats:
+        """The statistics as one value."""
+        return SegmentStats(self.count, self.mean, self.m2, self.scatter)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -109,14 +88,15 @@ class ClassStatistics(KeepsPrecision):
             raise ValueError(f"features must be (N, D), got {tuple(features.shape)}")
         check_labels("labels", labels, (len(features),), self.num_classes)
         with full_precision(features):
-            x = features.to(self.mean.dtype)
-            full = self.kind == "full"
-            batch = segment_stats(x, labels, self.num_classes, covariance=full)
-            m2 = batch.m2
-            if self.kind == "tied":
-                residual = x - batch.mean[labels]
-                m2 = residual.mT @ residual
-            self._merge(batch.count, batch.mean, m2)
+            self._become(
+                segment_stats(
+                    features.to(self.mean.dtype),
+                    labels,
+                    self.num_classes,
+                    covariance=self.kind or False,
+                    previous=self.stats,
+                )
+            )
 
     @torch.no_grad()
     def merge(self, other: "ClassStatistics") -> None:
@@ -127,7 +107,7 @@ class ClassStatistics(KeepsPrecision):
                 f"got {other.kind} of {tuple(other.mean.shape)}"
             )
         with full_precision(self.mean):
-            self._merge(other.count, other.mean, other.m2)
+            self._become(self.stats.merge(other.stats))
 
     @torch.no_grad()
     def merge_ranks(self, group: dist.ProcessGroup | None = None) -> None:
@@ -135,44 +115,35 @@ class ClassStatistics(KeepsPrecision):
 
         Call it once, after the last batch: afterwards each process has the samples of all.
         """
-        own = [buffer for buffer in (self.count, self.mean, self.m2) if buffer is not None]
         every = []
-        for buffer in own:
-            parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, buffer, group=group)
+        for buffer in self.stats:
+            parts = [None] * dist.get_world_size(group)
+            if buffer is not None:
+                parts = [torch.empty_like(buffer) for _ in parts]
+                dist.all_gather(parts, buffer, group=group)
             every.append(parts)
-            buffer.zero_()
+        first, *others = (SegmentStats(*parts) for parts in zip(*every, strict=True))
         with full_precision(self.mean):
-            for count, mean, *m2 in zip(*every, strict=True):
-                self._merge(count, mean, m2[0] if m2 else None)
+            for other in others:
+                first = first.merge(other)
+            self._become(first)
 
-    def _merge(self, count: Tensor, mean: Tensor, m2: Tensor | None) -> None:
-        total = self.count + count
-        share = count / total.clamp(min=1).to(self.mean.dtype)
-        delta = mean - self.mean
-        weight = (share * self.count)[:, None]
-        if self.kind == "diagonal":
-            self.m2 += m2 + weight * delta.square()
-        elif self.kind == "tied":
-            self.m2 += m2 + (weight * delta).mT @ delta
-        elif self.kind == "full":
-            self.m2 += m2 + (weight * delta)[:, :, None] * delta[:, None]
-        self.mean += share[:, None] * delta
-        self.count += count
+    def _become(self, stats: SegmentStats) -> None:
+        """In place: buffers keep their dtype, and whoever holds them sees the new values."""
+        for buffer, value in zip(self.stats, stats, strict=True):
+            if buffer is not None:
+                buffer.copy_(value)
 
-    def covariance(self, correction: int = 1) -> Tensor:
-        """The covariance kept: M2 over (n - correction), of which nothing is left for n <= 1.
+    def covariance(self, ddof: float = 1) -> Tensor:
+        """The covariance kept, or without one the variances ``(C, D)``; 0 where nothing is left.
 
         Args:
-            correction: degrees of freedom that a mean costs: 1 unbiased, 0 of the largest
-                likelihood. A tied covariance loses it once for each class with samples.
+            ddof: degrees of freedom that the mean of a class costs: 1 unbiased, 0 of the largest
+                likelihood. A shared covariance loses it once for each class with samples.
         """
-        if self.m2 is None:
-            raise ValueError("covariance is None: these statistics keep no scatter")
-        left = self.count - correction * (self.count > 0)
-        if self.kind == "tied":
-            return self.m2 / left.sum().clamp(min=1)
-        return self.m2 / left.clamp(min=1).view(-1, *[1] * (self.m2.dim() - 1))
+        if self.kind is None:
+            return self.stats.variance(ddof)
+        return self.stats.covariance_matrix(ddof)
 
     def extra_repr(self) -> str:
         return (

@@ -90,8 +90,8 @@ def sample_class_features(
         f \sim \mathcal N(s_c \, \mu_c, \Sigma_c + \epsilon I)
 
     Args:
-        statistics: of the classes, with a ``"full"`` or ``"diagonal"`` covariance. Classes without
-            samples are left out.
+        statistics: of the classes, with a covariance of each ``"class"``, or with none: the
+            variances of the features are then used. Classes without samples are left out.
         per_class: n, samples of each class, >= 0.
         mean_scale: s, one for all or ``(C,)``; the published code shrinks the means of older
             classes, by 0.9 to 1.
@@ -108,9 +108,9 @@ def sample_class_features(
     Source: Zhang et al., "SLCA: Slow Learner with Classifier Alignment for Continual Learning on a
     Pre-trained Model", ICCV 2023, the classifier alignment.
     """
-    if statistics.kind not in ("full", "diagonal"):
+    if statistics.kind not in ("class", None):
         raise ValueError(
-            f"statistics must keep a 'full' or 'diagonal' covariance, got {statistics.kind!r}"
+            f"statistics must keep a covariance of each 'class' or None, got {statistics.kind!r}"
         )
     if not isinstance(per_class, int) or per_class < 0:
         raise ValueError(f"per_class must be an integer >= 0, got {per_class!r}")
@@ -128,7 +128,7 @@ def sample_class_features(
         len(seen), per_class, D, dtype=mean.dtype, device=mean.device, generator=generator
     )
     with full_precision(mean):
-        if statistics.kind == "full":
+        if statistics.kind == "class":
             noise = noise @ cholesky(covariance, ridge).mT
         else:
             noise = noise * (covariance + ridge).sqrt()[:, None]

@@ -61,16 +61,16 @@ class MahalanobisHead(KeepsPrecision):
 
     @classmethod
     def from_statistics(
-        cls, statistics: ClassStatistics, *, ridge: float = 0.0, correction: int = 1
+        cls, statistics: ClassStatistics, *, ridge: float = 0.0, ddof: float = 1
     ) -> "MahalanobisHead":
-        """The head of the classes of ``statistics``, which keep a tied or a full covariance."""
-        if statistics.kind not in ("tied", "full"):
+        """The head of ``statistics`` that keep a covariance, shared or of each class."""
+        if statistics.kind not in ("shared", "class"):
             raise ValueError(
-                f"statistics must keep a 'tied' or 'full' covariance, got {statistics.kind!r}"
+                f"statistics must keep a 'shared' or 'class' covariance, got {statistics.kind!r}"
             )
         if values_are_checked(statistics.count) and int(statistics.count.min()) < 1:
             raise ValueError("statistics: every class needs a sample")
-        return cls(statistics.mean, statistics.covariance(correction), ridge=ridge)
+        return cls(statistics.mean, statistics.covariance(ddof), ridge=ridge)
 
     def distances(self, x: Tensor) -> Tensor:
         """The squared distances ``(..., C)``, >= 0."""
@@ -94,8 +94,10 @@ class MahalanobisHead(KeepsPrecision):
         return -0.5 * self.distances(x)
 
     def extra_repr(self) -> str:
-        kind = "tied" if self.factor.dim() == 2 else "full"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
+        kind = "shared" if self.factor.dim() == 2 else "class"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, covariance={kind!r}"
+        )
 
 
 def class_aware_alignment_loss(distances: Tensor, labels: Tensor | None = None) -> Tensor:
