@@ -10,6 +10,7 @@ from weft.nn.compatibility import (
     forward_compatibility,
 )
 from weft.nn.component_classifiers import RBFClassifier, probability_margin_loss
+from weft.nn.contrastive import CMCLoss, ContrastiveLoss, ConVIRTLoss, PatchNCELoss, SupConLoss
 from weft.nn.fixed_classifiers import ETFClassifier, SimplexClassifier
 from weft.nn.grassmann import GrassmannClassifier
 from weft.nn.incremental import (
@@ -51,9 +52,12 @@ from weft.nn.visual_words import VisualWordPredictor, VisualWords
 
 __all__ = [
     "BasisTransformation",
+    "CMCLoss",
     "CaseBasedLoss",
     "ClassStatistics",
+    "ConVIRTLoss",
     "ConceptProjection",
+    "ContrastiveLoss",
     "CosineClassifier",
     "ETFClassifier",
     "GrassmannClassifier",
@@ -64,6 +68,7 @@ __all__ = [
     "NearestMeanClassifier",
     "OrthogonalCompatibleLayer",
     "PartialFC",
+    "PatchNCELoss",
     "PixelConsistencyLoss",
     "PixelPropagation",
     "ProbabilisticEmbeddingLoss",
@@ -75,6 +80,7 @@ __all__ = [
     "STProtoPNetHead",
     "STProtoPNetLoss",
     "SimplexClassifier",
+    "SupConLoss",
     "TEENClassifier",
     "TripletLoss",
     "VectorQuantizer",
