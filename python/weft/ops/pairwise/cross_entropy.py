@@ -23,8 +23,9 @@ from weft.ops.registration import (
 from weft.reference.pairwise import cross_entropy as formula
 
 # Whole rows of logits in this much memory: the forward then has a block's softmax while it is in
-# cache, and forms the gradient with it, three products in all instead of four.
-ROW_BYTES, LEAST_ROWS = 32 << 20, 64
+# cache, and forms the gradient with it, three products in all instead of four. Blocks of fewer rows
+# than this would read and write the gradient of y more often than that saves.
+ROW_BYTES, LEAST_ROWS = 32 << 20, 512
 
 
 def linear_cross_entropy(
