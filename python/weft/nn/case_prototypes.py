@@ -14,8 +14,8 @@ from weft.nn.checks import (
     check_sizes,
     full_precision,
 )
-from weft.nn.prototype_classifiers import squared_distances
-from weft.ops.pairwise.nearest import nearest
+from weft.ops.pairwise.distance import pairwise_distance
+from weft.ops.pairwise.pairwise import pairwise
 
 
 class PrototypeLayer(nn.Module):
@@ -60,7 +60,10 @@ class PrototypeLayer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         check_features("z", z, self.in_features)
-        return squared_distances(z, at_least_float32(self.prototypes))
+        with full_precision(z):
+            rows, prototypes = same_dtype(z.reshape(-1, self.in_features), self.prototypes)
+            distances = pairwise_distance(rows, prototypes)
+        return distances.view(*z.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_prototypes={self.out_features}"
@@ -153,11 +156,14 @@ class CaseBasedLoss(nn.Module):
         with full_precision(features):
             z, p = same_dtype(features, prototypes)
             error = (at_least_float32(decoded) - at_least_float32(inputs)).square().sum() / N
+            of_samples, of_prototypes = pairwise(
+                z, p, pair="sqeuclidean", reduce="min", over="both"
+            )
             terms = (
                 F.cross_entropy(at_least_float32(logits), labels),
                 error,
-                nearest(p, z).values.mean(),
-                nearest(z, p).values.mean(),
+                of_prototypes.values.mean(),
+                of_samples.values.mean(),
             )
         weighted = zip(self.weights.values(), terms, strict=True)
         return CaseBasedTerms(sum(weight * term for weight, term in weighted), *terms)

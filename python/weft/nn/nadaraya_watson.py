@@ -13,7 +13,9 @@ from weft.nn.checks import (
     check_sizes,
     full_precision,
 )
+from weft.ops.pairwise.distance import pairwise_distance
 from weft.ops.pairwise.pairs import unit_rows
+from weft.ops.pairwise.pairwise import pairwise
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
 
@@ -30,8 +32,8 @@ class NadarayaWatsonHead(nn.Module):
     The class of a decision can be traced to support samples, and what the support lacks cannot be
     used: a support drawn from one environment at a time makes the features invariant to it.
 
-    Pairs are formed for one class of the support at a time and again in the backward: the N x M
-    matrix of weights is never stored.
+    The N x M matrix of weights is never stored: the votes of dot and cosine are reduced in cache,
+    distances are formed for one class of the support at a time and again in the backward.
 
     Args:
         num_classes: C.
@@ -85,9 +87,7 @@ class NadarayaWatsonHead(nn.Module):
             order = support_labels.argsort(stable=True)
             counts = torch.bincount(support_labels, minlength=self.num_classes).tolist()
             votes = [
-                checkpoint(self._votes, rows, own, use_reentrant=False)
-                if len(own)
-                else rows.new_full((len(rows),), -torch.inf)
+                self._votes(rows, own) if len(own) else rows.new_full((len(rows),), -torch.inf)
                 for own in support[order].split(counts)
             ]
             log_probabilities = torch.stack(votes, 1).log_softmax(1)
@@ -99,12 +99,12 @@ class NadarayaWatsonHead(nn.Module):
     def _votes(self, x: Tensor, support: Tensor) -> Tensor:
         """The logarithm of the summed weights, before they are normalised, of one class."""
         if self.metric in ("dot", "cosine"):
-            scores = x @ support.mT
-        else:
-            mode = "donot_use_mm_for_euclid_dist"  # nothing cancels
-            scores = -torch.cdist(x, support, compute_mode=mode)
-            if self.metric == "sqeuclidean":
-                scores = -scores.square()
+            scale = 1 / self.temperature
+            return pairwise(x, support, pair="dot", reduce="logsumexp", scale=scale)
+        return checkpoint(self._distance_votes, x, support, use_reentrant=False)
+
+    def _distance_votes(self, x: Tensor, support: Tensor) -> Tensor:
+        scores = -pairwise_distance(x, support, self.metric)
         return (scores / self.temperature).logsumexp(1)
 
     def extra_repr(self) -> str:

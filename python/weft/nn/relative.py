@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.nn.checks import at_least_float32, check_features, check_sizes, full_precision
-from weft.ops.pairwise.pairs import unit_rows
+from weft.ops.pairwise.distance import pairwise_distance
+from weft.ops.pairwise.pairwise import pairwise
 
 METRICS = ("cosine", "euclidean", "l1", "linf")
 AGGREGATIONS = ("concat", "sum", "mlp_sum")
@@ -152,11 +153,11 @@ def similarities(x: Tensor, anchors: Tensor, metric: str) -> Tensor:
         dtype = torch.promote_types(at_least_float32(x).dtype, anchors.dtype)
         rows, anchors = x.reshape(-1, x.shape[-1]).to(dtype), anchors.to(dtype)
         if metric == "cosine":
-            values = unit_rows(rows) @ unit_rows(anchors).mT
+            values = pairwise(rows, anchors, pair="cosine")
+        elif metric == "linf":
+            values = torch.cdist(rows, anchors, p=torch.inf)
         else:
-            p = {"euclidean": 2.0, "l1": 1.0, "linf": torch.inf}[metric]
-            mode = "donot_use_mm_for_euclid_dist"  # nothing cancels
-            values = torch.cdist(rows, anchors, p=p, compute_mode=mode)
+            values = pairwise_distance(rows, anchors, metric)
     return values.view(*x.shape[:-1], len(anchors))
 
 

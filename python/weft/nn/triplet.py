@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from weft.nn.checks import at_least_float32, check_features, check_label_vector, full_precision
+from weft.ops.pairwise.distance import pairwise_distance
 
 MINING = ("semihard", "hard", "all")
 PAIRS_AT_A_TIME = 1 << 20
@@ -91,25 +92,31 @@ class TripletLoss(nn.Module):
     def _all(self, x: Tensor, labels: Tensor) -> Tensor:
         total, count = x.sum() * 0, 0
         for rows in blocks(x):
-            part = checkpoint(self._all_of, x, labels, rows, use_reentrant=False)
-            total, count = total + part[0], count + part[1]
+            weights, number = self._counts(x, labels, rows)
+            part = checkpoint(self._weighted, x, rows, weights, use_reentrant=False)
+            total, count = total + part + self.margin * number, count + number
         return total / torch.as_tensor(count, device=x.device).clamp(min=1) + nan_of(x)
 
-    def _all_of(self, x: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum and number of the positive losses of the anchors ``rows``.
+    def _weighted(self, x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        return (weights * distances(x, rows, self.squared)).sum()
 
-        With the negatives sorted, those that count for a positive p are the first c, whose
-        distances are below t = d(a, p) + m: they give c t minus a prefix sum.
+    @torch.no_grad()
+    def _counts(self, x: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """How often each distance of the anchors ``rows`` is added in the positive losses, less
+        how often it is subtracted; and how many losses are positive.
+
+        Those of a pair (a, p) have the negatives below d(a, p) + m, those with a negative the
+        positives above d(a, n) - m: two searches among sorted distances.
         """
         positive, negative = kinds(labels, rows)
         distance = distances(x, rows, self.squared)
-        far = distance.masked_fill(~negative, torch.inf).sort(1).values
-        threshold = (distance + self.margin).contiguous()
-        number = torch.searchsorted(far.detach(), threshold.detach())  # of strictly smaller ones
-        number = number.masked_fill(~positive, 0)
-        sums = F.pad(far.masked_fill(far.isinf(), 0).cumsum(1), (1, 0))
-        losses = number * threshold - sums.gather(1, number)
-        return losses.masked_fill(number == 0, 0).sum(), number.sum()
+        near, far = nearest_of(distance, positive)[0], nearest_of(distance, negative)[0]
+        threshold = near + self.margin
+        added = torch.searchsorted(far, (distance + self.margin).contiguous())
+        above = torch.searchsorted(threshold, distance.contiguous(), right=True)
+        subtracted = positive.sum(1, keepdim=True) - above
+        weights = torch.where(positive, added, 0) - torch.where(negative, subtracted, 0)
+        return weights.to(x.dtype), torch.where(positive, added, 0).sum()
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, mining={self.mining!r}, squared={self.squared}"
@@ -133,23 +140,30 @@ def mine_triplets(
 
 
 def _hard(distance, positive, negative, margin):
-    near, far = (
-        distance.masked_fill(~positive, -torch.inf),
-        distance.masked_fill(~negative, torch.inf),
-    )
+    near = distance.masked_fill(~positive, -torch.inf)
+    far = distance.masked_fill(~negative, torch.inf)
     anchor = (positive.any(1) & negative.any(1)).nonzero()[:, 0]
     return anchor, near.argmax(1)[anchor], far.argmin(1)[anchor]
 
 
 def _semihard(distance, positive, negative, margin):
-    far, order = distance.masked_fill(~negative, torch.inf).sort(dim=1, stable=True)
-    anchor, near = positive.nonzero(as_tuple=True)
-    # All thresholds of a row in one search, then those of the pairs.
-    first = torch.searchsorted(far, distance.contiguous(), right=True)[anchor, near]
-    first, kept = first.clamp(max=far.shape[1] - 1), first < far.shape[1]
-    below = distance[anchor, near]
-    kept &= (far[anchor, first] < below + margin) & (far[anchor, first] > below)
-    return anchor[kept], near[kept], order[anchor, first][kept]
+    near, positives = nearest_of(distance, positive)
+    far, negatives = nearest_of(distance, negative)
+    if not far.shape[1]:
+        return (torch.empty(0, dtype=torch.int64, device=distance.device),) * 3
+    first = torch.searchsorted(far, near, right=True).clamp(max=far.shape[1] - 1)
+    away = far.gather(1, first)
+    kept = (near < away) & (away < near + margin)
+    anchor, _ = kept.nonzero(as_tuple=True)
+    return anchor, positives[kept], negatives.gather(1, first)[kept]
+
+
+def nearest_of(distance: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+    """The distances of one kind in rising order and their columns, as wide as the most that a row
+    has; infinity behind."""
+    most = int(kind.sum(1).max())
+    values, columns = distance.masked_fill(~kind, torch.inf).sort(dim=1, stable=True)
+    return values[:, :most].contiguous(), columns[:, :most]
 
 
 def blocks(x: Tensor) -> list[Tensor]:
@@ -171,8 +185,7 @@ def kinds(labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def distances(x: Tensor, rows: Tensor, squared: bool) -> Tensor:
     """Distances of the anchors ``rows`` to all samples."""
-    square = torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return square if squared else safe_root(square)
+    return pairwise_distance(x[rows], x, "sqeuclidean" if squared else "euclidean")
 
 
 def safe_root(square: Tensor) -> Tensor:
