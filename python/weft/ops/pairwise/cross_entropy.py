@@ -19,6 +19,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.reference.pairwise import cross_entropy as formula
 
@@ -320,7 +321,11 @@ forward = Op(
     f"Tensor column_lse, Tensor column_target, {_SAVED})",
     family="pairwise",
     fake=_fake,
-    implementations=[cpu("pairwise_cross_entropy"), reference(_reference)],
+    implementations=[
+        cpu("pairwise_cross_entropy"),
+        triton("pairwise.cross_entropy", "pairwise_cross_entropy"),
+        reference(_reference),
+    ],
 )
 backward = Op(
     "pairwise_cross_entropy_backward",
@@ -330,7 +335,11 @@ backward = Op(
     "Tensor grad_bias)",
     family="pairwise",
     fake=_fake_backward,
-    implementations=[cpu("pairwise_cross_entropy_backward"), reference(_reference_backward)],
+    implementations=[
+        cpu("pairwise_cross_entropy_backward"),
+        triton("pairwise.cross_entropy", "pairwise_cross_entropy_backward"),
+        reference(_reference_backward),
+    ],
 )
 
 
