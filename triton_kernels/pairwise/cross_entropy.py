@@ -27,13 +27,17 @@ def _tiles(n: int, m: int, d: int) -> dict[str, int]:
     return {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_D": d}
 
 
+# (architecture, kind): sums of both sides and masks take registers of their own.
 TABLE = {
     (80, "half"): Config(_tiles(64, 64, 64), num_warps=4, num_stages=3),
+    (80, "half_both"): Config(_tiles(64, 64, 64), num_warps=8, num_stages=3),
     (80, "float"): Config(_tiles(32, 64, 32), num_warps=4, num_stages=3),
-    (80, "chunked"): Config(_tiles(16, 128, 16), num_warps=4),
+    (80, "float_both"): Config(_tiles(32, 64, 32), num_warps=8, num_stages=3),
+    (80, "chunked"): Config(_tiles(16, 128, 16), num_warps=8),
     (90, "half"): Config(_tiles(64, 128, 64), num_warps=8, num_stages=4),
-    (90, "float"): Config(_tiles(64, 64, 32), num_warps=4, num_stages=3),
-    (90, "chunked"): Config(_tiles(16, 128, 16), num_warps=4),
+    (90, "half_both"): Config(_tiles(64, 64, 64), num_warps=8, num_stages=4),
+    (90, "float"): Config(_tiles(64, 64, 32), num_warps=8, num_stages=3),
+    (90, "float_both"): Config(_tiles(64, 64, 32), num_warps=8, num_stages=3),
 }
 
 
@@ -57,7 +61,8 @@ def _blocks(N: int, M: int) -> list[tuple[slice, slice]]:
 class _Loss:
     """The arguments of both passes, and their launches on a block."""
 
-    def __init__(self, x, y, factor, bias, target, column_labels, mask, positives, options, plan):
+    def __init__(self, x, y, factor, bias, target, column_labels, mask, positives, options, columns,
+                 plan):  # fmt: skip
         scale, softcap, margin, uniform, sigmoid, exclude_diagonal = options
         self.x, self.y = x, y
         self.chunked = (plan or plan_of(x)) == "chunked"
@@ -66,8 +71,10 @@ class _Loss:
         self.pairs = (contiguous(factor), contiguous(bias), target.contiguous())
         self.pairs += (contiguous(column_labels), mask, *strides(mask), positives)
         self.pairs += (*strides(positives), *map(float, (scale, softcap, margin, uniform)))
-        kind = "chunked" if self.chunked else "float" if x.dtype == torch.float32 else "half"
-        self.config = configure(TABLE, x.device, kind)
+        kind = "float" if x.dtype == torch.float32 else "half"
+        if columns or mask is not None or positives is not None or exclude_diagonal:
+            kind += "_both"
+        self.config = configure(TABLE, x.device, "chunked" if self.chunked else kind)
         self.constants = {
             "SOFTCAP": softcap != 0,
             "SIGMOID": sigmoid,
@@ -180,7 +187,7 @@ def pairwise_cross_entropy(
             lse.fill_(0 if sigmoid else -torch.inf)
             t.zero_()
     else:
-        loss = _Loss(*inputs, options, plan)
+        loss = _Loss(*inputs, options, columns_wanted, plan)
         of_rows, of_columns = {}, {}
         for rows, columns in loss.blocks():
             of_row, of_column = loss.sums(rows, columns, row_share, column_share)
@@ -275,7 +282,8 @@ def _gradients(
         vectors += [lse.contiguous(), a * power, b * power * share, b * power * options[3]]
     vectors += [None] * (8 - len(vectors))
 
-    loss = _Loss(x, y, factor, bias, target, column_labels, mask, positives, options, plan)
+    loss = _Loss(x, y, factor, bias, target, column_labels, mask, positives, options,
+                 column_share is not None, plan)  # fmt: skip
     sums_x, sums_y = torch.zeros(N, D, **wide), torch.zeros(M, D, **wide)
     BLOCK_N, BLOCK_M = loss.config.tiles["BLOCK_N"], loss.config.tiles["BLOCK_M"]
     of_factor, of_bias = [], None if bias is None else torch.zeros(M, **wide)

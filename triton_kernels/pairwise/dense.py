@@ -35,13 +35,15 @@ def _tiles(n: int, m: int, d: int) -> dict[str, int]:
 
 TABLE = {
     (80, "direct"): Config(_tiles(64, 64, 16), num_warps=8),
-    (80, "chunked"): Config(_tiles(16, 128, 16), num_warps=4),
+    (80, "chunked"): Config(_tiles(16, 128, 16), num_warps=8),
     (80, "half"): Config(_tiles(64, 64, 64), num_warps=4, num_stages=3),
+    (80, "half_masked"): Config(_tiles(64, 64, 64), num_warps=8, num_stages=3),
     (80, "float"): Config(_tiles(32, 64, 32), num_warps=4, num_stages=3),
-    (90, "direct"): Config(_tiles(64, 64, 16), num_warps=8),
-    (90, "chunked"): Config(_tiles(16, 128, 16), num_warps=4),
+    (80, "float_masked"): Config(_tiles(32, 64, 32), num_warps=8, num_stages=3),
     (90, "half"): Config(_tiles(64, 128, 64), num_warps=8, num_stages=4),
-    (90, "float"): Config(_tiles(64, 64, 32), num_warps=4, num_stages=3),
+    (90, "half_masked"): Config(_tiles(64, 64, 64), num_warps=8, num_stages=4),
+    (90, "float"): Config(_tiles(64, 64, 32), num_warps=8, num_stages=3),
+    (90, "float_masked"): Config(_tiles(64, 64, 32), num_warps=8, num_stages=3),
 }
 GRADIENT = {(80,): Config({**_tiles(64, 64, 16), "BLOCK_E": 16}, num_warps=8)}
 
@@ -78,7 +80,9 @@ class Dense:
         )
 
     def config(self) -> Config:
-        kind = self.plan if self.plan != "fused" else self.problem.dtype_class
+        masked = self.off_diagonal or self.mask is not None or self.row_labels is not None
+        kind = self.problem.dtype_class + "_masked" * masked
+        kind = self.plan if self.plan != "fused" else kind
         return configure(TABLE, self.problem.x.device, kind)
 
     def blocks(self) -> list[tuple[slice, slice]]:

@@ -44,6 +44,7 @@ def _tiles(n: int, m: int, d: int) -> dict[str, int]:
 
 
 TABLE = {
+    (80, "direct"): Config(_tiles(64, 64, 16), num_warps=8),
     (80, "half"): Config(_tiles(64, 64, 64), num_warps=4, num_stages=3),
     (80, "float"): Config(_tiles(64, 64, 32), num_warps=8, num_stages=2),
     (90, "half"): Config(_tiles(64, 128, 64), num_warps=8, num_stages=3),
@@ -284,7 +285,7 @@ def pairwise_select(
     kinds |= {"SAME": same, "OFF_DIAGONAL": off_diagonal}
     strides = (0, 0) if mask is None else mask.stride()
     mask_arguments = (mask, *strides, x_labels, y_labels)
-    config = configure(TABLE, x.device, problem.dtype_class)
+    config = configure(TABLE, x.device, "direct" if problem.direct else problem.dtype_class)
     BLOCK_N, BLOCK_M = config.tiles["BLOCK_N"], config.tiles["BLOCK_M"]
     parts = parts_of(N, M, BLOCK_N, BLOCK_M)
     part = triton.cdiv(triton.cdiv(M, parts), BLOCK_M) * BLOCK_M

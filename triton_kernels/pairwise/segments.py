@@ -46,8 +46,8 @@ def segment_gradient_kernel(
     total = tl.zeros((BLOCK_D,), tl.float32)
     point = tl.zeros((BLOCK_D,), tl.float32)
     if BASE != DOT:
-        at = own + t * stride_own + d * stride_own_d
-        point = tl.load(at, mask=d < D, other=0.0).to(tl.float32)
+        point_at = own + t * stride_own + d * stride_own_d
+        point = tl.load(point_at, mask=d < D, other=0.0).to(tl.float32)
     last = tl.load(ends + t + 1)
     for start in range(tl.load(ends + t), last, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E).to(tl.int64)

@@ -19,6 +19,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.reference.pairwise import distance as formula
 from weft.reference.pairwise.pairs import Pair
@@ -134,7 +135,11 @@ forward = Op(
     f"({SCHEMA}, str plan) -> Tensor",
     family="pairwise",
     fake=_fake,
-    implementations=[planned_cpu("pairwise_matrix", 0, FORWARD), reference(_reference)],
+    implementations=[
+        planned_cpu("pairwise_matrix", 0, FORWARD),
+        triton("pairwise.dense", "pairwise_matrix"),
+        reference(_reference),
+    ],
 )
 backward = Op(
     "pairwise_matrix_backward",
@@ -143,6 +148,7 @@ backward = Op(
     fake=_fake_backward,
     implementations=[
         planned_cpu("pairwise_matrix_backward", 1, BACKWARD),
+        triton("pairwise.dense", "pairwise_matrix_backward"),
         reference(_reference_backward),
     ],
 )

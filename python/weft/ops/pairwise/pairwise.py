@@ -17,6 +17,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.reference.pairwise import pairwise as formula
 from weft.reference.pairwise.pairs import Pair
@@ -261,7 +262,11 @@ sum_forward = Op(
     f"({SCHEMA}, {MASK}, Tensor? values, str plan) -> Tensor",
     family="pairwise",
     fake=_fake_sum,
-    implementations=[planned_cpu("pairwise_sum", 0, FORWARD), reference(_reference_sum)],
+    implementations=[
+        planned_cpu("pairwise_sum", 0, FORWARD),
+        triton("pairwise.dense", "pairwise_sum"),
+        reference(_reference_sum),
+    ],
 )
 sum_backward = Op(
     "pairwise_sum_backward",
@@ -270,6 +275,7 @@ sum_backward = Op(
     fake=lambda grad, *args: fake_gradients(args[:5], args[-2]),
     implementations=[
         planned_cpu("pairwise_sum_backward", 1, BACKWARD),
+        triton("pairwise.dense", "pairwise_sum_backward"),
         reference(_reference_sum_backward),
     ],
 )
@@ -280,6 +286,7 @@ logsumexp_forward = Op(
     fake=_fake_logsumexp,
     implementations=[
         planned_cpu("pairwise_logsumexp", 0, FORWARD),
+        triton("pairwise.dense", "pairwise_logsumexp"),
         reference(_reference_logsumexp),
     ],
 )
@@ -291,6 +298,7 @@ logsumexp_backward = Op(
     implementations=[
         # The plan of the forward: e^(s − out) wants the same rounding of s.
         planned_cpu("pairwise_logsumexp_backward", 2, FORWARD),
+        triton("pairwise.dense", "pairwise_logsumexp_backward"),
         reference(_reference_logsumexp_backward),
     ],
 )
