@@ -35,7 +35,7 @@ def _tiles(n: int, m: int, d: int) -> dict[str, int]:
 
 TABLE = {
     (80, "direct"): Config(_tiles(64, 64, 16), num_warps=8),
-    (80, "chunked"): Config(_tiles(16, 128, 16), num_warps=8),
+    (80, "chunked"): Config(_tiles(32, 64, 16), num_warps=4),
     (80, "half"): Config(_tiles(64, 64, 64), num_warps=4, num_stages=3),
     (80, "half_masked"): Config(_tiles(64, 64, 64), num_warps=8, num_stages=3),
     (80, "float"): Config(_tiles(32, 64, 32), num_warps=4, num_stages=3),
