@@ -11,6 +11,8 @@ from weft.reference.pairwise.pairs import Pair
 
 common = pytest.importorskip("weft.triton_kernels.common")
 kernels = pytest.importorskip("weft.triton_kernels.pairwise.dense")
+of_matrix = pytest.importorskip("weft.triton_kernels.pairwise.distance")
+of_sums = pytest.importorskip("weft.triton_kernels.pairwise.pairwise")
 
 ON_GPU = not INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -67,20 +69,20 @@ def check(x, y, pair, plan, factors=(None, None, None), mask=NO_MASK, E=None):
     allowed = masks.allowed_pairs(N, M, x.device, *mask)
     values = None if E is None else randn(M, E, device=DEVICE, seed=4)
     grad = randn(N, *(() if E is None else (E,)), device=DEVICE, seed=5)
-    found = [kernels.pairwise_sum(*args, *mask, values, plan)]
+    found = [of_sums.pairwise_sum(*args, *mask, values, plan)]
     expected = [reference.pairwise_sum(*exact, allowed, wide(values))]
-    found += kernels.pairwise_sum_backward(grad, *args, *mask, values, ALL, plan)
+    found += of_sums.pairwise_sum_backward(grad, *args, *mask, values, ALL, plan)
     expected += reference.pairwise_sum_backward(wide(grad), *exact, allowed, wide(values))
     if E is None:
-        out = kernels.pairwise_logsumexp(*args, *mask, plan)
+        out = of_sums.pairwise_logsumexp(*args, *mask, plan)
         truth = reference.pairwise_logsumexp(*exact, allowed)
-        found += [out, *kernels.pairwise_logsumexp_backward(grad, out, *args, *mask, ALL, plan)]
+        found += [out, *of_sums.pairwise_logsumexp_backward(grad, out, *args, *mask, ALL, plan)]
         expected += [truth]
         expected += reference.pairwise_logsumexp_backward(wide(grad), truth, *exact, allowed)
     if E is None and mask == NO_MASK:
         grad = randn(N, M, dtype=dtype, device=DEVICE, seed=6)
-        found += [kernels.pairwise_matrix(*args, plan)]
-        found += kernels.pairwise_matrix_backward(grad, *args, ALL, plan)
+        found += [of_matrix.pairwise_matrix(*args, plan)]
+        found += of_matrix.pairwise_matrix_backward(grad, *args, ALL, plan)
         expected += [distance.pairwise_matrix(*exact)]
         expected += distance.pairwise_matrix_backward(wide(grad), *exact)
     for one, two in zip(found, expected, strict=True):
@@ -172,5 +174,5 @@ def test_empty(shape):
 def test_only_what_is_wanted():
     x, y = points(3, 5, 10)
     args = (x, y, None, None, None, "dot", "identity", 1.0, 0.0, 0.0, *NO_MASK, None)
-    sizes = [g.numel() for g in kernels.pairwise_sum_backward(x[:, 0], *args, 2, "chunked")]
+    sizes = [g.numel() for g in of_sums.pairwise_sum_backward(x[:, 0], *args, 2, "chunked")]
     assert sizes == [0, y.numel(), 0, 0, 0]

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from weft.triton_kernels.common import Config, configure, float32_precision, launch, product
 from weft.triton_kernels.pairwise.dense_backward import direct_gradient_kernel, weights_kernel
-from weft.triton_kernels.pairwise.dense_forward import matrix_kernel, reduce_kernel
+from weft.triton_kernels.pairwise.dense_forward import reduce_kernel
 from weft.triton_kernels.pairwise.dense_tiles import KINDS
-from weft.triton_kernels.pairwise.pairs import DIRECT_UP_TO, FUNCTIONS, Problem, problem_of
+from weft.triton_kernels.pairwise.pairs import DIRECT_UP_TO, Problem, problem_of
 
 BUFFER_BYTES = 32 << 20  # of a block of products, in float32
 MOST_ROWS = 8192
@@ -147,24 +147,8 @@ def parts_of(count: int, m: int, block: int) -> tuple[int, int]:
     return width, triton.cdiv(m, width)
 
 
-def pairwise_matrix(*args) -> Tensor:
-    """(N, M) in the dtype of x."""
-    *args, plan = args
-    x, y = args[:2]
-    N, M = x.shape[0], y.shape[0]
-    out = x.new_empty(N, M)
-    if N * M == 0:
-        return out
-    dense = dense_of(args, plan)
-    tiles = dense.config().tiles
-    for rows, columns in dense.blocks():
-        n, m = rows.stop - rows.start, columns.stop - columns.start
-        grid = triton.cdiv(n, tiles["BLOCK_N"]) * triton.cdiv(m, tiles["BLOCK_M"])
-        dense.launch(matrix_kernel, grid, rows, columns, out, M)
-    return out
-
-
-def _reduced(dense: Dense, kind: str, values: Tensor | None) -> Tensor:
+def reduced(dense: Dense, kind: str, values: Tensor | None) -> Tensor:
+    """(N, E) in float32, of neither empty rows nor columns."""
     N, M, _ = dense.problem.shape
     E = 1 if values is None else values.shape[1]
     tiles = dense.config().tiles
@@ -185,27 +169,6 @@ def _reduced(dense: Dense, kind: str, values: Tensor | None) -> Tensor:
         merged = torch.cat(parts)
         out[rows] = merged.logsumexp(0) if kind == "logsumexp" else merged.sum(0)
     return out
-
-
-def pairwise_sum(*args) -> Tensor:
-    """(N,) or, with values (M, E), (N, E); float32."""
-    *args, values, plan = args
-    N, M = args[0].shape[0], args[1].shape[0]
-    E = 1 if values is None else values.shape[1]
-    if N * M * E == 0:
-        shape = (N,) if values is None else (N, E)
-        return args[0].new_zeros(shape, dtype=torch.float32)
-    if values is None:
-        return _reduced(dense_of(args, plan), "sum", None).squeeze(1)
-    return _reduced(dense_of(args, plan), "values", values.contiguous())
-
-
-def pairwise_logsumexp(*args) -> Tensor:
-    *args, plan = args
-    N, M = args[0].shape[0], args[1].shape[0]
-    if N * M == 0:
-        return args[0].new_full((N,), -torch.inf, dtype=torch.float32)
-    return _reduced(dense_of(args, plan), "logsumexp", None).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -234,7 +197,7 @@ class Upstream:
         return replace(self, of_columns=not self.of_columns)
 
 
-def _gradients(args: tuple, upstream: Upstream, wanted: int, plan: str) -> tuple[Tensor, ...]:
+def gradients(args: tuple, upstream: Upstream, wanted: int, plan: str) -> tuple[Tensor, ...]:
     """Of x, y, the factors and the bias; of what is not wanted or not there, an empty tensor."""
     tensors = args[:5]
     want = [t is not None and bool(wanted >> p & 1) for p, t in enumerate(tensors)]
@@ -332,63 +295,3 @@ def _products(problem: Problem, h: Tensor, other: Tensor, own: Tensor, back) -> 
     if problem.base == "sqeuclidean":
         sums = 2 * (own * h.sum(1, keepdim=True, dtype=torch.float32) - sums)
     return sums if back is None else torch.ldexp(sums, back)
-
-
-def pairwise_matrix_backward(grad: Tensor, *args) -> tuple[Tensor, ...]:
-    *args, wanted, plan = args
-    return _gradients(tuple(args), Upstream("matrix", grad), wanted, plan)
-
-
-def pairwise_sum_backward(grad: Tensor, *args) -> tuple[Tensor, ...]:
-    *args, values, wanted, plan = args
-    grad = grad.contiguous()
-    if values is None:
-        return _gradients(tuple(args), Upstream("sum", grad), wanted, plan)
-    upstream = Upstream("values", grad, values=values.contiguous())
-    return _gradients(tuple(args), upstream, wanted, plan)
-
-
-def pairwise_logsumexp_backward(grad: Tensor, out: Tensor, *args) -> tuple[Tensor, ...]:
-    *args, wanted, plan = args
-    upstream = Upstream("logsumexp", grad.contiguous(), out.contiguous())
-    return _gradients(tuple(args), upstream, wanted, plan)
-
-
-def _examples(dtype: torch.dtype) -> list[tuple]:
-    """Arguments of a pair and a mask: every plan, function and kind of mask somewhere."""
-    make = lambda *shape, **kind: torch.empty(*shape, device="meta", **kind)  # noqa: E731
-    factors = (make(4096), make(8192), None)
-    labels = [make(n, dtype=torch.int64) for n in (4096, 8192)]
-    bits = make(4096, 8192, dtype=torch.bool)
-    none = (None, None, None, True, False)
-    found = []
-    for D in (512, 3, 1024):
-        points = (make(4096, D, dtype=dtype), make(8192, D, dtype=dtype))
-        plain = (*points, None, None, None)
-        found.append((*plain, "dot", "identity", 1.0, 0.0, 0.0, *none))
-        found.append((*plain, "sqeuclidean", "exp", 0.5, 0.0, 0.0, *none))
-        pair = ("sqeuclidean", "arcosh", 2.0, 0.0, 1.0)
-        found.append((*points, *factors, *pair, bits, *labels, False, True))
-    for function in FUNCTIONS:
-        pair = ("sqeuclidean", function, 1.0, 0.0, 1e-4)
-        found.append((*found[0][:2], None, None, make(8192), *pair, *none))
-    found.append((*found[0][:2], None, None, None, "l1", "identity", 1.0, 0.0, 0.0, *none))
-    return found
-
-
-def examples_of_forward(dtype: torch.dtype) -> None:
-    for args in _examples(dtype):
-        pairwise_matrix(*args[:10], "auto")
-        pairwise_sum(*args, None, "auto")
-        pairwise_sum(*args, torch.empty(8192, 3, device="meta"), "auto")
-        pairwise_logsumexp(*args, "auto")
-
-
-def examples_of_backward(dtype: torch.dtype) -> None:
-    rows, columns = torch.empty(4096, device="meta"), torch.empty(8192, 3, device="meta")
-    for args in _examples(dtype):
-        grad = torch.empty(4096, 8192, dtype=dtype, device="meta")
-        pairwise_matrix_backward(grad, *args[:10], 31, "auto")
-        pairwise_sum_backward(rows, *args, None, 31, "auto")
-        pairwise_sum_backward(rows[:, None].expand(4096, 3), *args, columns, 31, "auto")
-        pairwise_logsumexp_backward(rows, rows, *args, 31, "auto")

@@ -222,6 +222,6 @@ def direct_gradient_kernel(
 
 
 def example_launches(dtype: torch.dtype) -> None:
-    from weft.triton_kernels.pairwise import dense
+    from weft.triton_kernels.pairwise import pairwise
 
-    dense.examples_of_backward(dtype)
+    pairwise.examples_of_backward(dtype)

@@ -172,6 +172,6 @@ def reduce_kernel(
 
 
 def example_launches(dtype: torch.dtype) -> None:
-    from weft.triton_kernels.pairwise import dense
+    from weft.triton_kernels.pairwise import pairwise
 
-    dense.examples_of_forward(dtype)
+    pairwise.examples_of_forward(dtype)

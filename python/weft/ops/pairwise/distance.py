@@ -137,7 +137,7 @@ forward = Op(
     fake=_fake,
     implementations=[
         planned_cpu("pairwise_matrix", 0, FORWARD),
-        triton("pairwise.dense", "pairwise_matrix"),
+        triton("pairwise.distance", "pairwise_matrix"),
         reference(_reference),
     ],
 )
@@ -148,7 +148,7 @@ backward = Op(
     fake=_fake_backward,
     implementations=[
         planned_cpu("pairwise_matrix_backward", 1, BACKWARD),
-        triton("pairwise.dense", "pairwise_matrix_backward"),
+        triton("pairwise.distance", "pairwise_matrix_backward"),
         reference(_reference_backward),
     ],
 )

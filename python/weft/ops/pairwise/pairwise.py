@@ -264,7 +264,7 @@ sum_forward = Op(
     fake=_fake_sum,
     implementations=[
         planned_cpu("pairwise_sum", 0, FORWARD),
-        triton("pairwise.dense", "pairwise_sum"),
+        triton("pairwise.pairwise", "pairwise_sum"),
         reference(_reference_sum),
     ],
 )
@@ -275,7 +275,7 @@ sum_backward = Op(
     fake=lambda grad, *args: fake_gradients(args[:5], args[-2]),
     implementations=[
         planned_cpu("pairwise_sum_backward", 1, BACKWARD),
-        triton("pairwise.dense", "pairwise_sum_backward"),
+        triton("pairwise.pairwise", "pairwise_sum_backward"),
         reference(_reference_sum_backward),
     ],
 )
@@ -286,7 +286,7 @@ logsumexp_forward = Op(
     fake=_fake_logsumexp,
     implementations=[
         planned_cpu("pairwise_logsumexp", 0, FORWARD),
-        triton("pairwise.dense", "pairwise_logsumexp"),
+        triton("pairwise.pairwise", "pairwise_logsumexp"),
         reference(_reference_logsumexp),
     ],
 )
@@ -298,7 +298,7 @@ logsumexp_backward = Op(
     implementations=[
         # The plan of the forward: e^(s − out) wants the same rounding of s.
         planned_cpu("pairwise_logsumexp_backward", 2, FORWARD),
-        triton("pairwise.dense", "pairwise_logsumexp_backward"),
+        triton("pairwise.pairwise", "pairwise_logsumexp_backward"),
         reference(_reference_logsumexp_backward),
     ],
 )
