@@ -98,8 +98,9 @@ class PairTiles {
       if (center_.empty()) return part;
       A* copy = storage.get<A>(n * points.cols);
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t d = 0; d < points.cols; ++d)
-          copy[i * points.cols + d] = *part.at(i, d) - center_[size_t(d)];
+        coordinates(points, first + i, [&](int64_t d, int64_t count, Vec<A> value) {
+          (value - load_first<A>(center() + d, count)).store(copy + i * points.cols + d, count);
+        });
       return row_major<T>(copy, n, points.cols);
     }
     return part;
@@ -137,25 +138,45 @@ class PairTiles {
     std::vector<A> count(size_t(D), A(0));
     center_.assign(size_t(D), A(0));
     for (int64_t j = 0; j < columns(); j += step)
-      for (int64_t d = 0; d < D; ++d) {
-        const A value = A(*y.at(j, d));
-        if (std::abs(value) < A(1e15)) center_[size_t(d)] += value, count[size_t(d)] += 1;
-      }
+      coordinates(y, j, [&](int64_t d, int64_t n, Vec<A> value) {
+        const Vec<A> zero(A(0)), one(A(1));
+        const auto finite = abs(value) < Vec<A>(A(1e15));
+        A *sum = center_.data() + d, *terms = count.data() + d;
+        (load_first<A>(sum, n) + select(finite, value, zero)).store(sum, n);
+        (load_first<A>(terms, n) + select(finite, one, zero)).store(terms, n);
+      });
     for (size_t d = 0; d < size_t(D); ++d) center_[d] /= std::max(count[d], A(1));
   }
 
   std::vector<A> squares(Matrix<T> points) const {
     std::vector<A> result(size_t(points.rows));
-    const bool near = !center_.empty();
     parallel_for(0, points.rows, 256, [&](int64_t begin, int64_t end) {
-      std::vector<A> row(size_t(points.cols));
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t d = 0; d < points.cols; ++d)
-          row[size_t(d)] = A(*points.at(i, d)) - (near ? center_[size_t(d)] : A(0));
-        result[size_t(i)] = sum_of_squares(row.data(), points.cols);
+        Vec<A> sum;
+        coordinates(points, i, [&](int64_t d, int64_t n, Vec<A> value) {
+          if (center()) value -= load_first<A>(center() + d, n);
+          sum = fma(value, value, sum);
+        });
+        result[size_t(i)] = reduce_sum(sum);
       }
     });
     return result;
+  }
+
+  // Calls f(d, n, v) for the coordinates of row i, n <= Vec::size at a time; lanes past n are 0.
+  template <typename F>
+  static void coordinates(Matrix<T> points, int64_t i, F f) {
+    constexpr int64_t W = Vec<A>::size;
+    for (int64_t d = 0; d < points.cols; d += W) {
+      const int64_t n = std::min(W, points.cols - d);
+      if (points.col_stride == 1) {
+        f(d, n, load_first<A>(points.at(i, d), n));
+      } else {
+        A values[W] = {};
+        for (int64_t e = 0; e < n; ++e) values[e] = A(*points.at(i, d + e));
+        f(d, n, Vec<A>::load(values));
+      }
+    }
   }
 
   void products(int64_t i0, int64_t n, const Columns& c, int64_t j0, int64_t m, A* u,
@@ -283,6 +304,8 @@ struct TileSizes {
   explicit TileSizes(const PairTiles<T>& tiles) {
     // A tile by differences stays in the first-level cache, one by products in the second.
     rows = tiles.direct ? 16 : 128;
+    // Of few rows, smaller tiles: there is something for every thread.
+    rows = std::min(rows, std::max<int64_t>(16, round_up(ceil_div(tiles.rows(), 8), 16)));
     columns = tiles.direct ? 256 : 512;
     const int64_t bytes = std::max<int64_t>(tiles.columns_bytes(columns), 1);
     const int64_t most = std::max<int64_t>(1, (int64_t(16) << 20) / bytes) * columns;
