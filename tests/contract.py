@@ -95,8 +95,10 @@ def values_and_gradients(call: Call, function=None, seed: int = 7):
         .to(r.device, r.dtype)
         for r in graded
     ]
-    # A sum of weights that are no argument of the call depends on no leaf.
-    pairs = [(r, u) for r, u in zip(graded, upstream, strict=True) if r.requires_grad]
+    constant = [results[i] for i in call.sample.constant]
+    pairs = [p for p in zip(graded, upstream, strict=True) if not any(p[0] is c for c in constant)]
+    lost = [tuple(r.shape) for r, _ in pairs if not r.requires_grad]
+    assert not lost, f"results of shapes {lost} have lost their gradient"
     graded, upstream = zip(*pairs, strict=True)
     return [r.detach() for r in results], list(torch.autograd.grad(graded, leaves, upstream))
 

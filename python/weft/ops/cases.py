@@ -24,11 +24,16 @@ def randn(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0) -> Tens
 
 @dataclass(frozen=True)
 class Sample:
-    """Small inputs for correctness: ``make(dtype, device)`` gives the arguments of the function."""
+    """Small inputs for correctness: ``make(dtype, device)`` gives the arguments of the function.
+
+    ``constant`` are the positions of floating-point results that depend on no argument of ``make``:
+    they need no gradient, all others must have one.
+    """
 
     name: str
     make: Callable[[torch.dtype, str], tuple]
     options: dict = field(default_factory=dict)
+    constant: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def _rows(N, D, C, *, offset=0.0, view=None, one=False):
 
 def _sample(name, N, D, C, *, offset=0.0, view=None, one=False, **options):
     make = _rows(N, D, C, offset=offset, view=view, one=one)
-    return Sample(name, make, {"num_classes": C, **options})
+    # Sums of weights depend on no argument that has a gradient here.
+    constant = (0,) if "weights" in options else ()
+    return Sample(name, make, {"num_classes": C, **options}, constant)
 
 
 WEIGHTS = 0.25 + torch.arange(13, dtype=torch.float64) / 8
