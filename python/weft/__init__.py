@@ -15,9 +15,11 @@ from weft.ops.pairwise.subspace_logits import subspace_logits
 from weft.ops.pairwise.subspace_project import subspace_project
 from weft.ops.stats.moments import SegmentStats
 from weft.ops.stats.segment_stats import segment_stats
+from weft.ops.stats.whitening import Whitening, whitening
 from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
+    "Whitening",
     "ManifoldParameter",
     "PairMask",
     "SegmentStats",
@@ -40,4 +42,5 @@ __all__ = [
     "subspace_logits",
     "subspace_project",
     "use",
+    "whitening",
 ]
