@@ -58,7 +58,7 @@ def test_parameter_keeps_its_kind(dims):
     [
         (TypeError, "data must be a floating", torch.ones(2, 3, dtype=torch.int64), {}),
         (TypeError, "data must be a floating", [1.0], {}),
-        (ValueError, "kind must be one of .*'grassmann'", torch.ones(2, 3), {"kind": "poincare"}),
+        (ValueError, "kind must be one of .*'grassmann'", torch.ones(2, 3), {"kind": "sphere"}),
         (ValueError, "k <= D", torch.ones(3, 2), {}),
         (ValueError, r"\(\.\.\., D, D\)", torch.ones(2, 3), {"kind": "orthogonal"}),
         (TypeError, "dims must be an int64", torch.ones(4, 2, 3), {"dims": [1, 1, 1, 1]}),

@@ -13,6 +13,7 @@ from weft.nn.component_classifiers import RBFClassifier, probability_margin_loss
 from weft.nn.contrastive import CMCLoss, ContrastiveLoss, ConVIRTLoss, PatchNCELoss, SupConLoss
 from weft.nn.fixed_classifiers import ETFClassifier, SimplexClassifier
 from weft.nn.grassmann import GrassmannClassifier
+from weft.nn.hyperbolic import PoincareClassifier, PoincareLinear
 from weft.nn.incremental import (
     logit_normalized_cross_entropy,
     sample_class_features,
@@ -71,6 +72,8 @@ __all__ = [
     "PatchNCELoss",
     "PixelConsistencyLoss",
     "PixelPropagation",
+    "PoincareClassifier",
+    "PoincareLinear",
     "ProbabilisticEmbeddingLoss",
     "ProtoPNetHead",
     "ProtoPNetLoss",

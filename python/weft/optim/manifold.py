@@ -1,14 +1,16 @@
 """Parameters that live on a manifold, and that say so to the optimizer."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-KINDS = ("grassmann", "stiefel", "orthogonal")
+KINDS = ("grassmann", "stiefel", "orthogonal", "poincare")
 
 
 class ManifoldParameter(Parameter):
-    r"""A parameter whose rows, ``data[..., :, :]`` of shape ``(k, D)``, stay orthonormal.
+    r"""A parameter whose rows ``data[..., :, :]``, ``(k, D)``, stay orthonormal or in a ball.
 
     :class:`weft.optim.RiemannianSGD` steps along the manifold; any other optimizer leaves it. The
     kind survives ``deepcopy``, ``pickle``, ``torch.save`` and ``Module.to``; a ``state_dict`` holds
@@ -18,18 +20,21 @@ class ManifoldParameter(Parameter):
         data: ``(..., k, D)`` with ``k <= D``: rows are orthonormal, each matrix is a point. This is
             the transpose of the ``(D, k)`` of the formulas, and the layout that products want.
         kind: ``"grassmann"``: the span of the rows counts, not the rows. ``"stiefel"``: the rows
-            count. ``"orthogonal"``: Stiefel with ``k = D``.
+            count. ``"orthogonal"``: Stiefel with ``k = D``. ``"poincare"``: each row of
+            data ``(..., D)`` is a point of the ball ``curvature * ||x||^2 < 1``.
         requires_grad: as of ``torch.nn.Parameter``.
         dims: number of rows in use of each matrix (Grassmann only), ``data.shape[:-2]``, int64; the
             rows after them are 0 and stay so. None: all.
+        curvature: c > 0 of the Poincaré ball, a constant; the others do not use it.
 
     Raises:
-        ValueError: an unknown kind, shapes that do not fit. Hyperbolic space has no step here yet.
+        ValueError: an unknown kind, shapes that do not fit, a curvature that is not positive.
         TypeError: data that is not a floating-point tensor, dims that are not int64.
     """
 
     kind: str
     dims: Tensor | None
+    curvature: float
 
     def __new__(
         cls,
@@ -38,36 +43,44 @@ class ManifoldParameter(Parameter):
         requires_grad: bool = True,
         *,
         dims: Tensor | None = None,
+        curvature: float = 1.0,
     ):
         if not isinstance(data, Tensor) or not data.is_floating_point():
             raise TypeError(f"data must be a floating-point tensor, got {data!r:.60}")
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-        if data.dim() < 2 or data.shape[-2] > data.shape[-1]:
+        if not 0 < curvature < math.inf:
+            raise ValueError(f"curvature must be finite and > 0, got {curvature}")
+        if kind == "poincare":
+            if data.dim() < 1:
+                raise ValueError("data must be (..., D) on the Poincaré ball, got a number")
+        elif data.dim() < 2 or data.shape[-2] > data.shape[-1]:
             raise ValueError(f"data must be (..., k, D) with k <= D, got {tuple(data.shape)}")
         if kind == "orthogonal" and data.shape[-2] != data.shape[-1]:
             raise ValueError(f"data must be (..., D, D) if orthogonal, got {tuple(data.shape)}")
         if dims is not None:
             _check_dims(dims, data, kind)
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
-        self.kind, self.dims = kind, dims
+        self.kind, self.dims, self.curvature = kind, dims, float(curvature)
         return self
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             data = self.data.clone(memory_format=torch.preserve_format)
-            memo[id(self)] = type(self)(data, self.kind, self.requires_grad, dims=self.dims)
+            memo[id(self)] = type(self)(
+                data, self.kind, self.requires_grad, dims=self.dims, curvature=self.curvature
+            )
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self.data, self.kind, self.requires_grad, self.dims)
+        return _rebuild, (self.data, self.kind, self.requires_grad, self.dims, self.curvature)
 
     def __repr__(self):
         return f"ManifoldParameter on {self.kind} containing:\n{self.data!r}"
 
 
-def _rebuild(data, kind, requires_grad, dims):
-    return ManifoldParameter(data, kind, requires_grad, dims=dims)
+def _rebuild(data, kind, requires_grad, dims, curvature=1.0):
+    return ManifoldParameter(data, kind, requires_grad, dims=dims, curvature=curvature)
 
 
 torch.serialization.add_safe_globals([_rebuild, ManifoldParameter])

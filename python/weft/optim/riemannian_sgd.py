@@ -10,8 +10,10 @@ from torch.optim.sgd import sgd
 
 from weft.ops.pairwise.grassmann_step import grassmann_step_
 from weft.optim.manifold import ManifoldParameter
+from weft.reference import poincare
 from weft.reference.pairwise.grassmann_step import REORTH, orthonormalized
 from weft.reference.pairwise.subspace_logits import upcast
+from weft.reference.poincare import MARGIN
 
 
 class RiemannianSGD(Optimizer):
@@ -28,8 +30,9 @@ class RiemannianSGD(Optimizer):
     On the Grassmann manifold the path is a geodesic, and :math:`\Pi_P G` carried along it is the
     new buffer, in one pass over memory: :func:`weft.grassmann_step`. On the Stiefel and orthogonal
     manifolds :math:`\Pi_P G = G - P\,\mathrm{sym}(P^\top G)`, the path is straight and its end made
-    orthonormal, and the buffer is projected onto the tangent space there. A manifold parameter has
-    no weight decay: its points have one length.
+    orthonormal, and the buffer is projected onto the tangent space there. On the Poincaré ball g is
+    divided by the square of the conformal factor, the path is a geodesic, the buffer is carried
+    along it, and points are kept off the boundary. A manifold parameter has no weight decay.
 
     Args:
         params: parameters or groups; every option below can differ between groups.
@@ -120,6 +123,8 @@ class RiemannianSGD(Optimizer):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _on_manifold(self, p: ManifoldParameter, group: dict) -> None:
+        if p.kind == "poincare":
+            return _poincare(p, self.state[p], group)
         state, momentum = self.state[p], group["momentum"]
         count = state["step"] = state.get("step", -1) + 1
         grad: Tensor | None = p.grad
@@ -162,6 +167,19 @@ def _stiefel(p: ManifoldParameter, buffer: Tensor, grad: Tensor | None, group: d
         _columns(buffer).copy_(_tangent(points, tangent))
 
 
+def _poincare(p: ManifoldParameter, state: dict, group: dict) -> None:
+    c = p.curvature
+    point, grad = poincare.widened(p.detach(), p.grad)
+    step = grad * (poincare.depth(point, c) / 2).square()
+    buffer = state.get("momentum_buffer")
+    if buffer is not None:
+        step = group["momentum"] * buffer + (1 - group["dampening"]) * step
+    moved = poincare.project(poincare.exp(point, -_signed_lr(group) * step, c), c, MARGIN[p.dtype])
+    if group["momentum"] != 0:
+        state["momentum_buffer"] = poincare.transport(point, moved, step, c).to(p.dtype)
+    p.copy_(moved)
+
+
 def _columns(rows: Tensor) -> Tensor:
     """(..., k, D) as a view (C, D, k), the matrices of the formulas."""
     return rows.detach().reshape(-1, *rows.shape[-2:]).mT
@@ -193,5 +211,5 @@ def _check(group: dict) -> None:
         if any(isinstance(p, ManifoldParameter) for p in group["params"]):
             raise ValueError("nesterov is not defined on a manifold: use a group apart")
     for p in group["params"]:
-        if isinstance(p, ManifoldParameter) and not p.is_contiguous():
+        if isinstance(p, ManifoldParameter) and p.kind != "poincare" and not p.is_contiguous():
             raise ValueError("a manifold parameter must be contiguous: it is stepped in place")
