@@ -60,13 +60,22 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if INTERPRETED:  # what no kernel takes part in has its run without the interpreter
-        of_kernels = ("implementation", "interpreted")
-        kept = [item for item in items if set(of_kernels) & set(item.fixturenames)]
+    slow_too = config.getoption("--slow")
+    if INTERPRETED:
+        kept = [item for item in items if _is_for_the_interpreter(item, slow_too)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
-    if not config.getoption("--slow"):
+    if not slow_too:
         slow = pytest.mark.skip(reason="long leg: make test-all")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(slow)
+
+
+def _is_for_the_interpreter(item, slow_too: bool) -> bool:
+    """What a Triton kernel takes part in, at sizes that an interpreter can run: the contract and
+    the kernels' own tests. float16 differs from bfloat16 by its rounding: it has the long leg."""
+    of_kernels = {"implementation", "interpreted"} & set(item.fixturenames)
+    small = item.path.name == "test_contract.py" or item.path.parent.name == "triton_ops"
+    dtype = getattr(item, "callspec", None) and item.callspec.params.get("dtype")
+    return bool(of_kernels and small and (slow_too or dtype != torch.float16))
