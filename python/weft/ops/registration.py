@@ -66,8 +66,16 @@ def _triton_unavailable() -> str | None:
     return None if find_spec("triton") else "triton is not installed"
 
 
-def triton(module: str, function: str, refuses: Callable | None = None) -> Implementation:
-    """The launcher ``weft.triton_kernels.<module>.<function>``, imported when it first runs."""
+def triton(
+    module: str,
+    function: str,
+    refuses: Callable | None = None,
+    dtypes: frozenset = FLOATS - {torch.float64},
+) -> Implementation:
+    """The launcher ``weft.triton_kernels.<module>.<function>``, imported when it first runs.
+
+    ``dtypes`` are those of its first argument.
+    """
 
     def run(*args):
         from importlib import import_module
@@ -75,7 +83,6 @@ def triton(module: str, function: str, refuses: Callable | None = None) -> Imple
         return getattr(import_module(f"weft.triton_kernels.{module}"), function)(*args)
 
     devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
-    dtypes = FLOATS - {torch.float64}
     return Implementation("triton", run, devices, dtypes, _triton_unavailable, refuses)
 
 

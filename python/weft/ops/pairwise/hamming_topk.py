@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.ops.registration import Op, cpu, reference, register_no_gradient
+from weft.ops.registration import Op, cpu, reference, register_no_gradient, triton
 from weft.reference.pairwise import hamming_topk as formula
 
 CODES = frozenset({torch.uint8})
+MOST_ON_TRITON = 32  # codes for a query: each program holds their keys in registers
 
 
 class HammingTopK(NamedTuple):
@@ -84,11 +85,19 @@ def _reference(queries, database, k):
     return formula.hamming_topk(queries, database, k)
 
 
+def _refuses_on_triton(queries, database, k) -> str | None:
+    return None if k <= MOST_ON_TRITON else f"k = {k} > {MOST_ON_TRITON}"
+
+
 search = Op(
     "hamming_topk",
     "(Tensor queries, Tensor database, SymInt k) -> (Tensor distances, Tensor indices)",
     family="pairwise",
     fake=_fake,
-    implementations=[cpu("hamming_topk", dtypes=CODES), reference(_reference)],
+    implementations=[
+        cpu("hamming_topk", dtypes=CODES),
+        triton("pairwise.hamming_topk", "hamming_topk", _refuses_on_triton, CODES),
+        reference(_reference),
+    ],
 )
 register_no_gradient(search, "distances of codes are integers")
