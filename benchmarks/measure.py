@@ -151,7 +151,8 @@ def _error(found: list[Tensor], truth: list[Tensor]) -> float:
 def is_wrong(error: float, plain_error: float, dtype: torch.dtype) -> bool:
     """Ten times worse than plain PyTorch and than rounding to this dtype explains."""
     plain_error = plain_error if math.isfinite(plain_error) else 0.0
-    return not error <= max(10 * plain_error, 16 * torch.finfo(dtype).eps)
+    rounding = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return not error <= max(10 * plain_error, 16 * rounding)
 
 
 def time_interleaved(

@@ -185,3 +185,9 @@ def test_demo(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "weft_demo.png").stat().st_size > 10_000
     assert "feature variability" in capsys.readouterr().out
+
+
+def test_results_without_rounding_must_be_exact():
+    assert measure.is_wrong(0.001, 0.0, torch.uint8)
+    assert not measure.is_wrong(0.0, 0.0, torch.uint8)
+    assert not measure.is_wrong(1e-7, 0.0, torch.float32)
