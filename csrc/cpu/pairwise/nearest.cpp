@@ -5,6 +5,7 @@
 //
 // The forward is the search of search.h. Backward: ∂x by rows; ∂y by columns, the pairs in the
 // order of a counting sort. No sum depends on the number of threads.
+#include "common/segments.h"
 #include "cpu/pairwise/search.h"
 
 namespace weft {
@@ -42,7 +43,7 @@ void backward(const ExactPairs<T>& pairs, const T* grad, const int64_t* indices,
   const Matrix<T>&x = pairs.x, &y = pairs.y;
   const Pair& pair = pairs.pair;
   const int64_t N = x.rows, M = y.rows, D = x.cols;
-  static thread_local Scratch storage, order_storage;
+  static thread_local Scratch storage, order_storage, start_storage;
   A* du = storage.get<A>(2 * N * k);
   A* dv_u = du + N * k;  // ∂v scale u, of the factors
   std::vector<A> dv(pairs.bias ? size_t(N * k) : 0);
@@ -75,22 +76,15 @@ void backward(const ExactPairs<T>& pairs, const T* grad, const int64_t* indices,
     }
   });
   // The pairs of each column, in the order of their rows.
-  int64_t* start = order_storage.get<int64_t>(M + 2 + N * k);
-  int64_t* sorted = start + M + 2;
-  std::fill_n(start, M + 2, int64_t(0));
-  for (int64_t e = 0; e < N * k; ++e)
-    if (indices[e] >= 0) ++start[indices[e] + 2];
-  for (int64_t j = 0; j < M; ++j) start[j + 2] += start[j + 1];
-  for (int64_t e = 0; e < N * k; ++e)
-    if (indices[e] >= 0) sorted[start[indices[e] + 1]++] = e;
+  const Segments columns(indices, N * k, M, order_storage, start_storage);
   parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
     static thread_local Scratch sums;
     A* sum = sums.get<A>(D);
     for (int64_t j = begin; j < end; ++j) {
       std::fill_n(sum, D, A(0));
       double of_factor = 0, of_bias = 0;
-      for (int64_t s = start[j]; s < start[j + 1]; ++s) {
-        const int64_t e = sorted[s], i = e / k;
+      for (const int64_t* entry = columns.begin(j); entry < columns.end(j); ++entry) {
+        const int64_t e = *entry, i = e / k;
         of_factor += double(dv_u[e]) * pairs.alpha(i);
         if (pairs.bias) of_bias += double(dv[size_t(e)]);
         add_row(pair.base, du[e], y.at(j, 0), y.col_stride, x.at(i, 0), x.col_stride, D, sum);
