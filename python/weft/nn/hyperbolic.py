@@ -74,8 +74,7 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor = 1.0) -> Tensor:
 def conformal_factor(x: Tensor, c: float | Tensor = 1.0) -> Tensor:
     r""":math:`\lambda_x = 2 / (1 - c \lVert x\rVert^2)`, ``(..., 1)``.
 
-    Some published code multiplies where this divides; the quotient is the metric's, and what makes
-    :func:`expmap` a geodesic.
+    The quotient is the metric's, and what makes :func:`expmap` a geodesic.
     """
     return _run(lambda x, c: 2 / poincare.depth(x, c), c, x=x)
 

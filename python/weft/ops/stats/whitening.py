@@ -89,7 +89,7 @@ def whitening(
 
     Source: Kessy, Lewin and Strimmer, "Optimal Whitening and Decorrelation", The American
     Statistician 2018, table 1; as a step after contrastive pre-training: "On Scaling Contrastive
-    Representations for Low-Resource Speech Recognition", ICASSP 2021.
+    Representations for Low-Resource Speech Recognition".
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
