@@ -72,9 +72,11 @@ $(VENV)/.demo: $(TORCH_STAMP) $(NATIVE)
 	$(PIP) --no-build-isolation --editable ".[demo]"
 	touch $@
 
-# Tests never run on the reference alone because a build failed.
+# Tests never run on the reference alone because a build failed. timm imports torchvision, which
+# would bring the torch that it was built for; what else timm needs comes with transformers.
 $(VENV)/.test: $(TORCH_STAMP) $(NATIVE)
 	WEFT_REQUIRE_NATIVE=1 $(PIP) --no-build-isolation --editable ".[test]"
+	$(PIP) --no-deps timm torchvision==0.28.0
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: $(TOOLS)
