@@ -1,5 +1,10 @@
 """Layers and losses."""
 
+from weft.nn.attention import (
+    GaussianMaskAttention,
+    GaussianMixtureMask,
+    PolarizedSelfAttention,
+)
 from weft.nn.case_prototypes import CaseBasedLoss, PrototypeLayer
 from weft.nn.class_statistics import ClassStatistics
 from weft.nn.compatibility import (
@@ -61,6 +66,8 @@ __all__ = [
     "ContrastiveLoss",
     "CosineClassifier",
     "ETFClassifier",
+    "GaussianMaskAttention",
+    "GaussianMixtureMask",
     "GrassmannClassifier",
     "HigherOrderCompatibilityLoss",
     "InvarianceProduct",
@@ -74,6 +81,7 @@ __all__ = [
     "PixelPropagation",
     "PoincareClassifier",
     "PoincareLinear",
+    "PolarizedSelfAttention",
     "ProbabilisticEmbeddingLoss",
     "ProtoPNetHead",
     "ProtoPNetLoss",

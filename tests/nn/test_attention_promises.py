@@ -1,0 +1,109 @@
+"""What every attention layer promises: dtypes, mixed precision, compilation, state, empty batches."""
+
+import copy
+
+import pytest
+import torch
+
+from weft.nn import (
+    GaussianMaskAttention,
+    GaussianMixtureMask,
+    PolarizedSelfAttention,
+)
+from weft.ops.cases import randn
+
+# name: the layer, and the shapes of its inputs after the batch (numbers are passed as they are)
+LAYERS = {
+    "polarized": (lambda: PolarizedSelfAttention(6), [(6, 3, 4)]),
+    "polarized in turn": (lambda: PolarizedSelfAttention(6, "sequential"), [(6, 3, 4)]),
+    "gaussian mask": (lambda: gaussian_mask(), [(12, 8)]),
+}
+every = pytest.mark.parametrize("name", LAYERS)
+
+
+def gaussian_mask():
+    layer = GaussianMaskAttention(8, (3, 4), 2, 4)
+    torch.nn.init.constant_(layer.mask.sigma, 2.0)
+    return layer
+
+
+def build(name, seed=0):
+    """In evaluation: what is random in training is left out, and batches are not statistics."""
+    torch.manual_seed(seed)
+    return LAYERS[name][0]().eval()
+
+
+def inputs(name, batch=2, dtype=torch.float32):
+    return [
+        randn(batch, *given, dtype=dtype, seed=9 + i) if isinstance(given, tuple) else given
+        for i, given in enumerate(LAYERS[name][1])
+    ]
+
+
+def flat(output):
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    return torch.cat([o.flatten() for o in outputs])
+
+
+def assert_rounded(output, expected):
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.03 * scale)
+
+
+@every
+def test_float64_and_state(name):
+    layer, other = build(name), build(name, seed=5)
+    expected = flat(layer(*inputs(name)))
+    assert not torch.equal(flat(other(*inputs(name))), expected)
+    other.load_state_dict(layer.state_dict())
+    for twin in (other, copy.deepcopy(layer)):
+        assert torch.equal(flat(twin(*inputs(name))), expected)
+    double = flat(other.double()(*inputs(name, dtype=torch.float64)))
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_autocast(name):
+    layer, given = build(name), inputs(name)
+    tensors = [x.requires_grad_() for x in given if isinstance(x, torch.Tensor)]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = flat(layer(*given))
+    assert_rounded(output, flat(layer(*given)))
+    output.float().square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in [*tensors, *layer.parameters()])
+
+
+@every
+def test_half_precision_of_the_whole_layer(name):
+    expected = flat(build(name)(*inputs(name)))
+    output = flat(build(name).bfloat16()(*inputs(name, dtype=torch.bfloat16)))
+    assert output.dtype == torch.bfloat16
+    assert_rounded(output, expected)
+
+
+@every
+def test_compiles_to_one_graph(name):
+    torch._dynamo.reset()
+    layer = build(name)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (layer, compiled):
+        given = inputs(name)
+        tensors = [x.requires_grad_() for x in given if isinstance(x, torch.Tensor)]
+        output = flat(function(*given))
+        results.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+@every
+def test_empty_batch(name):
+    assert flat(build(name)(*inputs(name, batch=0))).numel() == 0
+
+
+def test_mask_compiles():
+    torch._dynamo.reset()
+    mask = GaussianMixtureMask((3, 4), 2)
+    compiled = torch.compile(mask, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), mask())
