@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from weft import native
 
@@ -216,6 +217,26 @@ def test_transpose(op):
         y, untouched = canaries(cols, rows, dtype)
         op("transpose")(x, y)
         assert torch.equal(y, x.T) and untouched()
+
+
+def test_bits(op):
+    """Words of 64 bits: from bytes, transposed, and as lanes."""
+    places = torch.arange(64)
+    for _ in range(5):
+        words = torch.randint(-(2**63), 2**63 - 1, (64,))
+        bits = words[:, None] >> places & 1
+        op("transpose_bits")(words)
+        assert torch.equal(words[:, None] >> places & 1, bits.T)
+    for n in range(65):
+        buffer = torch.full((n + 10,), 255, dtype=torch.uint8)
+        found = torch.randint(0, 4, (n,), dtype=torch.uint8) * 77
+        buffer[5 : n + 5] = found
+        packed = op("bytes_to_bits")(buffer[5 : n + 5])
+        assert torch.equal(packed >> places & 1 != 0, F.pad(found != 0, (0, 64 - n)))
+    for dtype in (F32, F64):
+        x, word = torch.randn(128, dtype=dtype), int(torch.randint(-(2**63), 2**63 - 1, ()))
+        kept = (torch.tensor(word) >> places & 1).repeat(2) != 0
+        assert torch.equal(op("select_by_bits")(x, word), x.where(kept, 0))
 
 
 @pytest.mark.parametrize("n, keys, D", [(0, 3, 5), (1, 1, 1), (7, 4, 33), (5000, 3, 67), (9, 0, 4)])

@@ -2,6 +2,7 @@
 // call of the header's function on the tensors' memory.
 #include <vector>
 
+#include "common/bits.h"
 #include "common/convert.h"
 #include "common/gemm.h"
 #include "common/limits.h"
@@ -146,6 +147,26 @@ void transpose_op(const Tensor& x, const Tensor& y) {
   x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
 
+void transpose_bits_op(const Tensor& words) { transpose_bits(mutable_data<uint64_t>(words)); }
+Tensor bytes_to_bits_op(const Tensor& bytes) {
+  Tensor out = torch::stable::new_empty(bytes, {1}, ScalarType::Long);
+  *mutable_data<uint64_t>(out) = bytes_to_bits(data<uint8_t>(bytes), bytes.numel());
+  return out;
+}
+// x where the bits of the word say so, else 0; the word starts anew every 64 elements.
+Tensor select_by_bits_op(const Tensor& x, int64_t word) {
+  Tensor out = torch::stable::new_empty(x, {x.numel()});
+  const auto run = [&](auto t) {
+    using T = decltype(t);
+    constexpr int64_t W = Vec<T>::size;
+    for (int64_t i = 0; i + W <= x.numel(); i += W)
+      select(lanes_from_bits<T>(uint64_t(word) >> i % 64), Vec<T>::load(data<T>(x) + i), Vec<T>())
+          .store(mutable_data<T>(out) + i);
+  };
+  x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  return out;
+}
+
 // out_k = Σ weight_e · rows_e over the rows of key k.
 void segment_sum_op(const Tensor& rows, const Tensor& keys, const Tensor& weights,
                     const Tensor& out) {
@@ -187,6 +208,9 @@ WEFT_CPU_SCHEMAS(m) {
   m.def("microkernel_dot(Tensor x, Tensor y) -> float");
   m.def("microkernel_convert(Tensor x, Tensor(a!) y) -> ()");
   m.def("microkernel_transpose(Tensor x, Tensor(a!) y) -> ()");
+  m.def("microkernel_transpose_bits(Tensor(a!) words) -> ()");
+  m.def("microkernel_bytes_to_bits(Tensor bytes) -> Tensor");
+  m.def("microkernel_select_by_bits(Tensor x, int word) -> Tensor");
   m.def("microkernel_segment_sum(Tensor rows, Tensor keys, Tensor weights, Tensor(a!) out) -> ()");
   m.def("microkernel_fma_rate(Tensor like) -> float");
   m.def("microkernel_bfloat16_rate(Tensor like) -> float");
@@ -204,6 +228,9 @@ WEFT_CPU_KERNELS(m) {
   m.impl("microkernel_dot", TORCH_BOX(&dot_op));
   m.impl("microkernel_convert", TORCH_BOX(&convert_op));
   m.impl("microkernel_transpose", TORCH_BOX(&transpose_op));
+  m.impl("microkernel_transpose_bits", TORCH_BOX(&transpose_bits_op));
+  m.impl("microkernel_bytes_to_bits", TORCH_BOX(&bytes_to_bits_op));
+  m.impl("microkernel_select_by_bits", TORCH_BOX(&select_by_bits_op));
   m.impl("microkernel_segment_sum", TORCH_BOX(&segment_sum_op));
   m.impl("microkernel_fma_rate", TORCH_BOX(&fma_rate_op));
   m.impl("microkernel_bfloat16_rate", TORCH_BOX(&bfloat16_rate_op));
