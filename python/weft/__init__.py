@@ -1,7 +1,11 @@
 """weft: fused kernels for representation learning. ``python -m weft`` shows what runs here."""
 
-from weft import native, nn, optim  # native loads the libraries
+from weft import masks, native, nn, optim  # native loads the libraries
 from weft.dispatch import use
+from weft.ops.attention.attention import attention
+from weft.ops.attention.biases import DistanceBias, LowRankBias, RelativeBias
+from weft.ops.attention.varlen import attention_varlen
+from weft.ops.attention.window import window_attention
 from weft.ops.checks import check_values
 from weft.ops.pairwise.cross_entropy import contrastive_loss, linear_cross_entropy
 from weft.ops.pairwise.distance import pairwise_distance
@@ -19,16 +23,22 @@ from weft.ops.stats.whitening import Whitening, whitening
 from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
-    "Whitening",
+    "DistanceBias",
+    "LowRankBias",
     "ManifoldParameter",
     "PairMask",
+    "RelativeBias",
     "SegmentStats",
+    "Whitening",
+    "attention",
+    "attention_varlen",
     "check_values",
     "contrastive_loss",
     "grassmann_step",
     "grassmann_step_",
     "hamming_topk",
     "linear_cross_entropy",
+    "masks",
     "maxsim",
     "native",
     "nearest",
@@ -43,4 +53,5 @@ __all__ = [
     "subspace_project",
     "use",
     "whitening",
+    "window_attention",
 ]

@@ -1,0 +1,80 @@
+"""A table read by relative position, with a gradient that repeats bit for bit."""
+
+import torch
+from torch import Tensor
+
+from weft.dispatch import transformed
+from weft.ops.checks import values_are_checked
+from weft.ops.registration import FLOATS, Op, reference, register_gradient
+from weft.reference.attention import relative_bias as formula
+
+
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
+    """``table`` (T, H) at ``index`` (Nq, Nk): (1, H, Nq, Nk)."""
+    if not isinstance(table, Tensor) or table.dtype not in FLOATS:
+        raise TypeError(f"table must be a float tensor, got {getattr(table, 'dtype', type(table))}")
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(
+            f"index must be an int64 tensor, got {getattr(index, 'dtype', type(index))}"
+        )
+    if table.dim() != 2 or index.dim() != 2 or index.device != table.device:
+        raise ValueError(
+            "table must be (T, H) and index (Nq, Nk) on its device, got "
+            f"{tuple(table.shape)} and {tuple(index.shape)} on {index.device}"
+        )
+    T = table.shape[0]
+    if values_are_checked(index) and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= T:
+            raise ValueError(f"index must be in [0, {T}), got {low} to {high}")
+    return (formula.relative_bias if transformed() else forward)(table, index)
+
+
+def _fake(table, index):
+    return table.new_empty(1, table.shape[1], *index.shape)
+
+
+def _fake_backward(grad, index, T):
+    return grad.new_empty(T, grad.shape[1])
+
+
+forward = Op(
+    "relative_bias",
+    "(Tensor table, Tensor index) -> Tensor",
+    family="attention",
+    fake=_fake,
+    implementations=[
+        reference(lambda table, index: formula.relative_bias(table, index).contiguous())
+    ],
+)
+backward = Op(
+    "relative_bias_backward",
+    "(Tensor grad, Tensor index, SymInt T) -> Tensor",
+    family="attention",
+    fake=_fake_backward,
+    implementations=[reference(formula.relative_bias_backward)],
+)
+
+
+def _setup(ctx, inputs, output):
+    table, index = inputs
+    ctx.save_for_backward(index)
+    ctx.T = table.shape[0]
+
+
+def _gradient(ctx, grad):
+    (index,) = ctx.saved_tensors
+    return backward(grad, index, ctx.T), None
+
+
+def _setup_backward(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _gradient_backward(ctx, grad):
+    (index,) = ctx.saved_tensors
+    return forward(grad, index), None, None
+
+
+register_gradient(forward, _setup, _gradient)
+register_gradient(backward, _setup_backward, _gradient_backward)
