@@ -1,4 +1,4 @@
-"""What every attention layer promises: dtypes, mixed precision, compilation, state, empty batches."""
+"""What attention layers promise: dtypes, mixed precision, compilation, state, empty batches."""
 
 import copy
 
@@ -6,19 +6,51 @@ import pytest
 import torch
 
 from weft.nn import (
+    ClassCrossAttention,
+    ConvProjectionAttention,
+    CrossScaleFusion,
     GaussianMaskAttention,
     GaussianMixtureMask,
     PolarizedSelfAttention,
+    TNTBlock,
+    WindowAttention,
 )
 from weft.ops.cases import randn
 
 # name: the layer, and the shapes of its inputs after the batch (numbers are passed as they are)
 LAYERS = {
+    "window": (lambda: WindowAttention(8, 2, 4), [(6, 7, 8)]),
+    "shifted window": (lambda: WindowAttention(8, 2, 4, 2), [(6, 7, 8)]),
+    "conv projection": (lambda: ConvProjectionAttention(8, 2), [(12, 8), 3, 4]),
+    "class cross": (lambda: ClassCrossAttention(8, 2), [(5, 8)]),
+    "cross scale": (lambda: fusion(), [(4, 6), (5, 8)]),
+    "tnt": (lambda: tnt(), [(3, 5, 4), (4, 6)]),
     "polarized": (lambda: PolarizedSelfAttention(6), [(6, 3, 4)]),
     "polarized in turn": (lambda: PolarizedSelfAttention(6, "sequential"), [(6, 3, 4)]),
     "gaussian mask": (lambda: gaussian_mask(), [(12, 8)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
+
+
+class Together(torch.nn.Module):
+    """Gives a layer its inputs in the form that it takes."""
+
+    def __init__(self, layer, arrange):
+        super().__init__()
+        self.layer, self.arrange = layer, arrange
+
+    def forward(self, *inputs):
+        return self.layer(*self.arrange(*inputs))
+
+
+def fusion():
+    return Together(CrossScaleFusion((6, 8), (3, 2)), lambda *branches: (branches,))
+
+
+def tnt():
+    """The pixels of a patch are a batch of their own."""
+    layer = TNTBlock(4, 6, 5, 2, 3)
+    return Together(layer, lambda pixels, patches: (pixels.flatten(0, 1), patches))
 
 
 def gaussian_mask():

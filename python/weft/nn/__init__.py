@@ -1,9 +1,15 @@
 """Layers and losses."""
 
 from weft.nn.attention import (
+    ClassCrossAttention,
+    ClassCrossAttentionBlock,
+    ConvProjectionAttention,
+    CrossScaleFusion,
     GaussianMaskAttention,
     GaussianMixtureMask,
     PolarizedSelfAttention,
+    TNTBlock,
+    WindowAttention,
 )
 from weft.nn.case_prototypes import CaseBasedLoss, PrototypeLayer
 from weft.nn.class_statistics import ClassStatistics
@@ -60,11 +66,15 @@ __all__ = [
     "BasisTransformation",
     "CMCLoss",
     "CaseBasedLoss",
+    "ClassCrossAttention",
+    "ClassCrossAttentionBlock",
     "ClassStatistics",
     "ConVIRTLoss",
     "ConceptProjection",
     "ContrastiveLoss",
+    "ConvProjectionAttention",
     "CosineClassifier",
+    "CrossScaleFusion",
     "ETFClassifier",
     "GaussianMaskAttention",
     "GaussianMixtureMask",
@@ -93,10 +103,12 @@ __all__ = [
     "SimplexClassifier",
     "SupConLoss",
     "TEENClassifier",
+    "TNTBlock",
     "TripletLoss",
     "VectorQuantizer",
     "VisualWordPredictor",
     "VisualWords",
+    "WindowAttention",
     "average_compatibility",
     "backward_compatibility",
     "backward_compatible_loss",
