@@ -11,6 +11,9 @@ from weft.nn import (
     CrossScaleFusion,
     GaussianMaskAttention,
     GaussianMixtureMask,
+    Hopfield,
+    HopfieldLayer,
+    HopfieldPooling,
     PolarizedSelfAttention,
     TNTBlock,
     WindowAttention,
@@ -28,6 +31,9 @@ LAYERS = {
     "polarized": (lambda: PolarizedSelfAttention(6), [(6, 3, 4)]),
     "polarized in turn": (lambda: PolarizedSelfAttention(6, "sequential"), [(6, 3, 4)]),
     "gaussian mask": (lambda: gaussian_mask(), [(12, 8)]),
+    "hopfield": (lambda: Hopfield(8, 4, 2, steps=2), [(3, 8), (5, 8)]),
+    "hopfield pooling": (lambda: HopfieldPooling(8, 2), [(5, 8)]),
+    "hopfield lookup": (lambda: HopfieldLayer(8, 3), [(5, 8)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 
