@@ -15,30 +15,21 @@ from weft.nn.attention.hopfield import (
     hopfield_retrieve,
 )
 from weft.nn.attention.polarized import PolarizedSelfAttention
-<<<<<<< HEAD
 from weft.nn.attention.tnt import TNTBlock
-from weft.nn.attention.window import WindowAttention
-
-__all__ = [
-    "ClassCrossAttention",
-    "ClassCrossAttentionBlock",
-    "ConvProjectionAttention",
-    "CrossScaleFusion",
-    "GaussianMaskAttention",
-    "GaussianMixtureMask",
-    "PolarizedSelfAttention",
-    "TNTBlock",
-    "WindowAttention",
-=======
 from weft.nn.attention.token_reorganization import (
     ClassAttention,
     EViTBlock,
     TokenPruning,
     prune_tokens,
 )
+from weft.nn.attention.window import WindowAttention
 
 __all__ = [
     "ClassAttention",
+    "ClassCrossAttention",
+    "ClassCrossAttentionBlock",
+    "ConvProjectionAttention",
+    "CrossScaleFusion",
     "EViTBlock",
     "GaussianMaskAttention",
     "GaussianMixtureMask",
@@ -46,9 +37,10 @@ __all__ = [
     "HopfieldLayer",
     "HopfieldPooling",
     "PolarizedSelfAttention",
+    "TNTBlock",
     "TokenPruning",
+    "WindowAttention",
     "hopfield_energy",
     "hopfield_retrieve",
     "prune_tokens",
->>>>>>> 51b300d (Pruning of patches by the class token's attention, and Hopfield layers)
 ]
