@@ -15,6 +15,7 @@ from weft.nn import (
     HopfieldLayer,
     HopfieldPooling,
     PolarizedSelfAttention,
+    ReversedAttention,
     TNTBlock,
     WindowAttention,
 )
@@ -34,6 +35,7 @@ LAYERS = {
     "hopfield": (lambda: Hopfield(8, 4, 2, steps=2), [(3, 8), (5, 8)]),
     "hopfield pooling": (lambda: HopfieldPooling(8, 2), [(5, 8)]),
     "hopfield lookup": (lambda: HopfieldLayer(8, 3), [(5, 8)]),
+    "reversed": (lambda: ReversedAttention(8, 2), [(5, 8)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 

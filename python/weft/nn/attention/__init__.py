@@ -15,6 +15,7 @@ from weft.nn.attention.hopfield import (
     hopfield_retrieve,
 )
 from weft.nn.attention.polarized import PolarizedSelfAttention
+from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
 from weft.nn.attention.tnt import TNTBlock
 from weft.nn.attention.token_reorganization import (
     ClassAttention,
@@ -30,6 +31,7 @@ __all__ = [
     "ClassCrossAttentionBlock",
     "ConvProjectionAttention",
     "CrossScaleFusion",
+    "DependencyBlock",
     "EViTBlock",
     "GaussianMaskAttention",
     "GaussianMixtureMask",
@@ -37,10 +39,12 @@ __all__ = [
     "HopfieldLayer",
     "HopfieldPooling",
     "PolarizedSelfAttention",
+    "ReversedAttention",
     "TNTBlock",
     "TokenPruning",
     "WindowAttention",
     "hopfield_energy",
     "hopfield_retrieve",
     "prune_tokens",
+    "reversed_attention",
 ]
