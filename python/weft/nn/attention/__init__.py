@@ -1,11 +1,13 @@
 """Attention layers."""
 
+from weft.nn.attention.aggregated import AggregatedAttention
 from weft.nn.attention.conv_projection import ConvProjectionAttention
 from weft.nn.attention.cross_scale import (
     ClassCrossAttention,
     ClassCrossAttentionBlock,
     CrossScaleFusion,
 )
+from weft.nn.attention.feature_space import FeatureSpaceAttention, balanced_clusters
 from weft.nn.attention.gaussian_mask import GaussianMaskAttention, GaussianMixtureMask
 from weft.nn.attention.hopfield import (
     Hopfield,
@@ -14,6 +16,7 @@ from weft.nn.attention.hopfield import (
     hopfield_energy,
     hopfield_retrieve,
 )
+from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
 from weft.nn.attention.polarized import PolarizedSelfAttention
 from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
 from weft.nn.attention.tnt import TNTBlock
@@ -26,6 +29,7 @@ from weft.nn.attention.token_reorganization import (
 from weft.nn.attention.window import WindowAttention
 
 __all__ = [
+    "AggregatedAttention",
     "ClassAttention",
     "ClassCrossAttention",
     "ClassCrossAttentionBlock",
@@ -33,16 +37,20 @@ __all__ = [
     "CrossScaleFusion",
     "DependencyBlock",
     "EViTBlock",
+    "FeatureSpaceAttention",
     "GaussianMaskAttention",
     "GaussianMixtureMask",
     "Hopfield",
     "HopfieldLayer",
     "HopfieldPooling",
+    "LocalFrameAttention",
+    "NeighborhoodAttention",
     "PolarizedSelfAttention",
     "ReversedAttention",
     "TNTBlock",
     "TokenPruning",
     "WindowAttention",
+    "balanced_clusters",
     "hopfield_energy",
     "hopfield_retrieve",
     "prune_tokens",

@@ -1,0 +1,204 @@
+"""Attention to the near places of a map and to a pooled copy of all of it, as in TransNeXt."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weft.nn.attention.heads import (
+    check_heads,
+    check_tokens,
+    merge_heads,
+    size_pair,
+    split_heads,
+)
+from weft.nn.checks import check_sizes
+from weft.ops.attention.attention import attention
+from weft.ops.attention.biases import RelativeBias
+
+FIRST_TEMPERATURE = math.log(math.expm1(1 / 0.24))  # its softplus is 1 / 0.24
+
+
+def relative_coordinates(
+    size: tuple[int, int], key_size: tuple[int, int], pretrain_size: tuple[int, int], device=None
+) -> tuple[Tensor, Tensor]:
+    r"""The distinct offsets of the places of a map from those of its pooled copy.
+
+    Returns ``(offsets, 2)`` log-spaced coordinates, :math:`\mathrm{sign}(u) \log_8(1 + |u|)` of
+    offsets u that run from -8 to 8 over the map of pretraining, and ``(N, P)`` int64: which of
+    them belongs to a query and a key.
+    """
+    axes = []
+    for n, pooled, pretrained in zip(size, key_size, pretrain_size, strict=True):
+        places = torch.arange(n, dtype=torch.float64, device=device)
+        centers = F.adaptive_avg_pool1d(places[None], pooled)[0]
+        axes.append((places[:, None] - centers) / max(pretrained - 1, 1) * 8)
+    shape = (size[0], size[1], key_size[0], key_size[1])
+    rows = axes[0][:, None, :, None].expand(shape)
+    columns = axes[1][None, :, None, :].expand(shape)
+    pairs = torch.stack([rows, columns], -1).reshape(-1, 2)
+    distinct, index = pairs.unique(dim=0, return_inverse=True)
+    coordinates = distinct.sign() * (1 + distinct.abs()).log2() / 3
+    return coordinates, index.view(size[0] * size[1], -1)
+
+
+class AggregatedAttention(nn.Module):
+    r"""One softmax over a k x k window around each place and over a pooled copy of the map.
+
+    .. math::
+        s_{ij} &= \tau \log(n_i) \, \langle \hat q_i + e, \hat k_j \rangle + b_{ij}, \qquad
+        P_i = \mathrm{softmax}(s_i) \text{ over } w(i) \cup \text{pooled} \\
+        \text{out}_i &= W_o \Big(\sum_j P_{ij} v_j + \sum_{j \in w(i)}
+            \big(\langle \hat q_i, t_{j - i} \rangle + c_{j - i}\big) \, v_j\Big)
+
+    per head. w(i) is the window cut at the border of the map, :math:`n_i` the number of keys that
+    place i sees, hats divide by the norm, :math:`\tau = \mathrm{softplus}(\texttt{temperature})`;
+    e is the query embedding, t and c the learnable tokens and their bias, and b a table by offset
+    for the window and an MLP of log-spaced offsets for the pooled places. The pooled map is
+    :math:`\mathrm{LN}(\mathrm{AvgPool}(\mathrm{GELU}(W_s x)))`, with the keys' and values'
+    projections of the map itself. :func:`weft.attention` over the pooled places gives their sum
+    and its log-sum-exp, which joins the k² scores of the window as one more key whose value is
+    that sum: exactly the softmax over both, in O(N (k² + D)) memory.
+
+    Args:
+        dim: C.
+        input_size: H and W of the map.
+        num_heads: divides dim.
+        window: k, odd.
+        pool: by how much a pooled side is shorter than the map's: the pooled map is
+            H // pool x W // pool.
+        qkv_bias: whether queries, keys and values have a bias.
+        pretrain_size: the H and W that offsets are measured by, where a layer is fine-tuned on
+            larger maps than it was pretrained on; default: input_size.
+        device, dtype: of the parameters.
+
+    Attributes:
+        temperature, query_embedding, learnable_tokens, learnable_bias, relative_pos_bias_local, q,
+            kv, proj, sr, norm, cpb_fc1, cpb_fc2: by the names of the authors' code.
+
+    Shapes: ``(B, H W, C)``, the map row by row, to the same.
+
+    Raises:
+        ValueError: sizes below 1, an even window, a pooled map without places, tokens of another
+            shape.
+        TypeError: tokens that are not floating-point.
+
+    Source: Shi, "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", CVPR 2024,
+    section 3 (pixel-focused and aggregated attention, length-scaled cosine attention).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_size: int | tuple[int, int],
+        num_heads: int = 8,
+        window: int = 3,
+        pool: int = 8,
+        *,
+        qkv_bias: bool = True,
+        pretrain_size: int | tuple[int, int] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_heads(dim, num_heads)
+        check_sizes(window=window, pool=pool)
+        self.input_size = size_pair("input_size", input_size)
+        pretrained = size_pair("pretrain_size", pretrain_size or self.input_size)
+        if window % 2 == 0:
+            raise ValueError(f"window must be odd, got {window}")
+        self.pool_size = tuple(n // pool for n in self.input_size)
+        if 0 in self.pool_size:
+            raise ValueError(f"pool must be at most {min(self.input_size)}, got {pool}")
+        self.dim, self.num_heads, self.window = dim, num_heads, window
+        factory, head_dim = {"device": device, "dtype": dtype}, dim // num_heads
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
+        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, head_dim, **factory))
+        self.learnable_tokens = nn.Parameter(torch.empty(num_heads, head_dim, window**2, **factory))
+        self.learnable_bias = nn.Parameter(torch.empty(num_heads, 1, window**2, **factory))
+        self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, window**2, **factory))
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.sr = nn.Conv2d(dim, dim, 1, **factory)
+        self.norm = nn.LayerNorm(dim, **factory)
+        self.cpb_fc1 = nn.Linear(2, 512, **factory)
+        self.cpb_fc2 = nn.Linear(512, num_heads, **factory)
+        self._register_places(pretrained, device)
+        self.reset_parameters()
+
+    def _register_places(self, pretrained: tuple[int, int], device) -> None:
+        """Which places of each window are on the map, and which bias belongs to each pooled key."""
+        coordinates, index = relative_coordinates(
+            self.input_size, self.pool_size, pretrained, device
+        )
+        places = torch.ones(1, 1, self.input_size[0] * self.input_size[1], 1, device=device)
+        inside = torch.stack([t.flatten() for t in self._near(places)], -1) > 0
+        keys = inside.sum(1, keepdim=True) + index.shape[1]
+        dtype = self.temperature.dtype
+        self.register_buffer("inside", inside, persistent=False)
+        self.register_buffer("log_keys", keys.double().log().to(dtype), persistent=False)
+        self.register_buffer("coordinates", coordinates.to(dtype), persistent=False)
+        self.register_buffer("coordinate_index", index, persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The beginnings of the authors' code; its linear layers reset themselves."""
+        self.temperature.fill_(FIRST_TEMPERATURE)
+        nn.init.trunc_normal_(self.query_embedding, std=0.02)
+        nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
+        nn.init.zeros_(self.learnable_bias)
+        nn.init.trunc_normal_(self.relative_pos_bias_local, std=0.0004)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = self.input_size
+        check_tokens("x", x, self.dim, H * W)
+        unit = F.normalize(split_heads(self.q(x), self.num_heads), dim=-1)
+        scale = F.softplus(self.temperature) * self.log_keys
+        query = (unit + self.query_embedding) * scale
+        pooled = F.gelu(self.sr(x.mT.unflatten(2, (H, W))))
+        pooled = F.adaptive_avg_pool2d(pooled, self.pool_size).flatten(2).mT
+        kv = torch.cat([self.kv(x), self.kv(self.norm(pooled))], 1)
+        key, value = (split_heads(part, self.num_heads) for part in kv.chunk(2, -1))
+        key = F.normalize(key, dim=-1)
+        N = H * W
+        peripheral, lse = attention(
+            query.to(value.dtype),
+            key[:, :, N:].to(value.dtype),
+            value[:, :, N:],
+            bias=RelativeBias(self._peripheral_table(), self.coordinate_index),
+            scale=1.0,
+            return_lse=True,
+        )
+        places = query.unflatten(2, (H, W))
+        near = torch.stack([(places * k).sum(-1) for k in self._near(key[:, :, :N])], -1)
+        near = near.flatten(2, 3) + self.relative_pos_bias_local[:, None]
+        scores = torch.cat([near.masked_fill(~self.inside, float("-inf")), lse[..., None]], -1)
+        weights, rest = scores.softmax(-1).split([self.window**2, 1], -1)
+        weights = weights + unit @ self.learnable_tokens + self.learnable_bias
+        out = (rest * peripheral).unflatten(2, (H, W))
+        values = self._near(value[:, :, :N])
+        for weight, v in zip(weights.unflatten(2, (H, W)).unbind(-1), values, strict=True):
+            out = out + weight[..., None] * v
+        return self.proj(merge_heads(out.flatten(2, 3).to(value.dtype)))
+
+    def _peripheral_table(self) -> Tensor:
+        return self.cpb_fc2(F.relu(self.cpb_fc1(self.coordinates)))
+
+    def _near(self, x: Tensor) -> list[Tensor]:
+        """``(B, heads, N, D)``: at each place of the window, what the places of the map find there,
+        ``(B, heads, H, W, D)``; 0 beyond the map. Views of one padded copy."""
+        (height, width), radius = self.input_size, self.window // 2
+        padded = F.pad(x.unflatten(2, (height, width)), (0, 0, *4 * (radius,)))
+        return [
+            padded[:, :, row : row + height, column : column + width]
+            for row in range(self.window)
+            for column in range(self.window)
+        ]
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, input_size={self.input_size}, num_heads={self.num_heads}, "
+            f"window={self.window}, pool_size={self.pool_size}"
+        )
