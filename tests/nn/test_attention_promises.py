@@ -17,8 +17,10 @@ from weft.nn import (
     HopfieldLayer,
     HopfieldPooling,
     LocalFrameAttention,
+    MaskedCrossAttention,
     NeighborhoodAttention,
     PolarizedSelfAttention,
+    PrototypeCrossAttention,
     ReversedAttention,
     TNTBlock,
     WindowAttention,
@@ -44,6 +46,8 @@ LAYERS = {
     "hopfield pooling": (lambda: HopfieldPooling(8, 2), [(5, 8)]),
     "hopfield lookup": (lambda: HopfieldLayer(8, 3), [(5, 8)]),
     "reversed": (lambda: ReversedAttention(8, 2), [(5, 8)]),
+    "masked cross": (lambda: inside(MaskedCrossAttention(8, 2), 5), [(3, 8), (20, 8)]),
+    "prototype cross": (lambda: inside(PrototypeCrossAttention(8, 2), 1), [(3, 8), (8, 4, 5)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 
@@ -67,6 +71,16 @@ def tnt():
     """The pixels of a patch are a batch of their own."""
     layer = TNTBlock(4, 6, 5, 2, 3)
     return Together(layer, lambda pixels, patches: (pixels.flatten(0, 1), patches))
+
+
+def inside(layer, count):
+    """Behind a mask of the first pixels; of one, where rounding must not change what is chosen."""
+
+    def masked(query, memory):
+        seen = torch.arange(20) < count
+        return query, memory, seen.expand(query.shape[0], 3, 20)
+
+    return Together(layer, masked)
 
 
 def gaussian_mask():

@@ -16,6 +16,11 @@ from weft.nn.attention.hopfield import (
     hopfield_energy,
     hopfield_retrieve,
 )
+from weft.nn.attention.masked_cross import (
+    MaskedCrossAttention,
+    PrototypeCrossAttention,
+    masks_from_logits,
+)
 from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
 from weft.nn.attention.polarized import PolarizedSelfAttention
 from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
@@ -44,8 +49,10 @@ __all__ = [
     "HopfieldLayer",
     "HopfieldPooling",
     "LocalFrameAttention",
+    "MaskedCrossAttention",
     "NeighborhoodAttention",
     "PolarizedSelfAttention",
+    "PrototypeCrossAttention",
     "ReversedAttention",
     "TNTBlock",
     "TokenPruning",
@@ -53,6 +60,7 @@ __all__ = [
     "balanced_clusters",
     "hopfield_energy",
     "hopfield_retrieve",
+    "masks_from_logits",
     "prune_tokens",
     "reversed_attention",
 ]
