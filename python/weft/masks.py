@@ -360,7 +360,8 @@ class MaskPlan(Mask):
 
     def check(self, B, H, Nq, Nk, device) -> None:
         _, _, *sizes = self.shape
-        if sizes != [Nq, Nk] or B % self.words.shape[0] or H % self.words.shape[1]:
+        batches, heads = (max(count, 1) for count in self.words.shape[:2])
+        if sizes != [Nq, Nk] or B % batches or H % heads:
             raise ValueError(
                 f"mask: the plan was made for {tuple(self.shape)}, got scores of {(B, H, Nq, Nk)}"
             )

@@ -33,6 +33,8 @@ class MaskNode {
   // As AttentionMask::tile, except that a partial tile may turn out to be empty or full, and that
   // bits beyond nq and nk are anything.
   virtual Tile tile(const MaskBlock& block, BitOrder order, uint64_t* words) const = 0;
+  // As AttentionMask::rows.
+  virtual bool rows(const MaskBlock&, uint64_t*, int64_t) const { return false; }
   virtual Range keys(int64_t, int64_t, Range) const { return {0, shape_.Nk}; }
   virtual Range queries(int64_t, int64_t, Range) const { return {0, shape_.Nq}; }
 

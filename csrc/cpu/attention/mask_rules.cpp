@@ -128,8 +128,18 @@ struct Axis {
     }
   }
 
-  int64_t position(int64_t x) const { return x / step % length; }
   int64_t period() const { return length * step; }
+
+  // Where index x is, and a step on, without divisions.
+  struct Place {
+    int64_t position, within;
+  };
+  Place place(int64_t x) const { return {x / step % length, x % step}; }
+  void advance(Place& place) const {
+    if (++place.within < step) return;
+    place.within = 0;
+    if (++place.position == length) place.position = 0;
+  }
 
   // The positions of [x0, x0 + n), without gaps.
   Range positions(int64_t x0, int64_t n) const {
@@ -146,24 +156,27 @@ struct Axis {
     return {least, most + 1};
   }
 
-  // Which of the 64 indices from x0 on position p sees.
-  uint64_t window(int64_t p, int64_t x0) const {
+  // Which of 64 indices in a row position p sees; x is the place of the first.
+  uint64_t window(int64_t p, Place x) const {
     const int64_t begin = first[size_t(p)], end = last[size_t(p)] + 1;
     uint64_t bits = 0;
-    int64_t other = position(x0);
+    int64_t other = x.position, within = x.within;
     for (int64_t at = 0; at < 64;) {
       if (step == 1) {  // positions other, other + 1, ... until the dimension ends
         const int64_t n = std::min(64 - at, length - other), from = begin - other;
         // The next member of the class at or after the start of the run.
-        const int64_t skip = from >= 0 ? from : (dilation - -from % dilation) % dilation;
+        const int64_t skip = from >= 0       ? from
+                             : dilation == 1 ? 0
+                                             : from % dilation + dilation * (from % dilation < 0);
         if (skip < n) bits |= ((pattern << skip) & bits_below(std::min(end - other, n))) << at;
         at += n;
         other = 0;
       } else {  // the same position until the next multiple of step
-        const int64_t n = std::min(64 - at, step - (x0 + at) % step);
+        const int64_t n = std::min(64 - at, step - within);
         if (other >= begin && other < end && (dilation == 1 || (other - begin) % dilation == 0))
           bits |= bit_range(at, at + n);
         at += n;
+        within = 0;
         if (++other == length) other = 0;
       }
     }
@@ -195,14 +208,13 @@ class Neighborhood : public MaskNode {
     std::fill_n(words, 64, ~uint64_t(0));
     for (const Axis& axis : axes_) {
       uint64_t windows[64];
-      int64_t last = -1;
-      for (int64_t r = 0; r < at.nq; ++r) {
-        const int64_t p = axis.position(at.q0 + r);
-        windows[r] = r >= axis.period() ? windows[r - axis.period()]
-                     : p == last        ? windows[r - 1]
-                                        : axis.window(p, at.k0);
+      const Axis::Place k0 = axis.place(at.k0);
+      Axis::Place query = axis.place(at.q0);
+      for (int64_t r = 0; r < at.nq; ++r, axis.advance(query)) {
+        windows[r] = r >= axis.period()          ? windows[r - axis.period()]
+                     : r > 0 && query.within > 0 ? windows[r - 1]
+                                                 : axis.window(query.position, k0);
         words[r] &= windows[r];
-        last = p;
       }
     }
     if (order == BitOrder::by_key) transpose_bits(words);
@@ -210,16 +222,13 @@ class Neighborhood : public MaskNode {
   }
 
   Range keys(int64_t, int64_t, Range queries) const override {
-    int64_t begin = shape_.Nk, end = 0;
-    for (int64_t q = queries.begin; q < queries.end; ++q) {
-      int64_t first = 0, last = 0;
-      for (const Axis& axis : axes_) {
-        const size_t p = size_t(axis.position(q));
-        first += axis.first[p] * axis.step, last += axis.last[p] * axis.step;
-      }
-      begin = std::min(begin, first), end = std::max(end, last + 1);
+    // Of the outer dimensions; the innermost one moves the bounds by less than it is long.
+    int64_t begin = 0, end = 0;
+    for (const Axis& axis : axes_) {
+      const Range seen = axis.reach(axis.positions(queries.begin, queries.size()));
+      begin += seen.begin * axis.step, end += (seen.end - 1) * axis.step;
     }
-    return {begin, end};
+    return {begin, end + 1};
   }
   // By the outermost dimension only. In each class those who see a position are neighbours and it
   // is one of them: `dilation` positions in a row that see none of the keys end the search.

@@ -236,11 +236,21 @@ class Dense : public MaskNode {
     const bool by_key = std::abs(query_stride_) < std::abs(key_stride_);  // as it lies in memory
     const int64_t n = by_key ? at.nk : at.nq, inner = by_key ? at.nq : at.nk;
     const int64_t stride = by_key ? key_stride_ : query_stride_;
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = 0; i < n; ++i) {
+      __builtin_prefetch(seen + i * stride + 128);
       words[i] = bits_of(seen + i * stride, by_key ? query_stride_ : key_stride_, inner);
+    }
     std::fill(words + n, words + 64, 0);
     if (by_key != (order == BitOrder::by_key)) transpose_bits(words);
     return Tile::partial;
+  }
+  bool rows(const MaskBlock& at, uint64_t* words, int64_t stride) const override {
+    if (key_stride_ != 1) return false;
+    const uint8_t* seen = seen_ + planes_.offset(at.b, at.h) + at.q0 * query_stride_ + at.k0;
+    for (int64_t r = 0; r < at.nq; ++r, seen += query_stride_, words += stride)
+      for (int64_t c = 0; c < at.nk; c += 64)
+        words[c / 64] = bytes_to_bits(seen + c, std::min<int64_t>(64, at.nk - c));
+    return true;
   }
 
  private:

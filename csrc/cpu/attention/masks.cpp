@@ -167,6 +167,11 @@ Tile AttentionMask::tile(int64_t b, int64_t h, int64_t q0, int64_t nq, int64_t k
   return any == 0 ? Tile::empty : all == valid ? Tile::full : Tile::partial;
 }
 
+bool AttentionMask::rows(int64_t b, int64_t h, int64_t q0, int64_t nq, int64_t k0, int64_t nk,
+                         uint64_t* words, int64_t stride) const {
+  return root_ && root_->rows({b, h, q0, nq, k0, nk}, words, stride);
+}
+
 void AttentionMask::visible_keys(int64_t b, int64_t kv_head, int64_t group, uint8_t* seen) const {
   std::fill_n(seen, Nk_, uint8_t(0));
   uint64_t words[64];

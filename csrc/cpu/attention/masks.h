@@ -48,6 +48,11 @@ class AttentionMask {
   Tile tile(int64_t b, int64_t h, int64_t q0, int64_t nq, int64_t k0, int64_t nk, uint64_t* words,
             BitOrder order = BitOrder::by_key) const;
 
+  // Writes the words of whole rows, by query, if that is faster than tiles: row r of [q0, q0 + nq)
+  // starts at words + r * stride, and bits beyond nk, of any size, are 0. False if it is not.
+  bool rows(int64_t b, int64_t h, int64_t q0, int64_t nq, int64_t k0, int64_t nk, uint64_t* words,
+            int64_t stride) const;
+
   // seen[j] = some query of the heads [group * kv_head, group * (kv_head + 1)) of batch b sees key
   // j, for all Nk keys. Slow: for what happens rarely.
   void visible_keys(int64_t b, int64_t kv_head, int64_t group, uint8_t* seen) const;

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from weft.masks import Composition, Dense, Mask, MaskPlan
-from weft.ops.registration import Op, reference, register_no_gradient
+from weft.ops.registration import FLOATS, Op, cpu, reference, register_no_gradient
 from weft.reference.attention import masks as formula
 from weft.reference.attention.masks import MaskProgram
 
@@ -14,8 +14,8 @@ def _shapes(args: tuple) -> tuple[MaskProgram, tuple[int, int, int, int]]:
 
 
 def _fake(like, *args):
-    mask, (_, _, Nq, Nk) = _shapes((like, *args))
-    B, H = formula.plan_planes(mask)
+    mask, (*planes, Nq, Nk) = _shapes((like, *args))
+    B, H = formula.plan_planes(mask, *planes)
     rows = 1 if formula.one_row(mask) else Nq
     columns = (Nk + formula.WORD - 1) // formula.WORD
     words = like.new_empty((B, H, rows, columns), dtype=torch.int64)
@@ -36,6 +36,7 @@ mask_plan = Op(
     family="attention",
     fake=_fake,
     implementations=[
+        cpu("attention_mask_plan", dtypes=FLOATS | {torch.bool, torch.int64}),
         reference(_reference),
     ],
 )

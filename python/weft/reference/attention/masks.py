@@ -181,17 +181,20 @@ def unpack(words: Tensor, Nk: int) -> Tensor:
 
 def mask_plan(mask: MaskProgram, B: int, H: int, Nq: int, Nk: int, device) -> tuple[Tensor, Tensor]:
     """The packed form of a program, with as many planes and rows as its tensors tell apart."""
-    allowed = allowed_pairs(mask, B, H, Nq, Nk, device)
-    planes = plan_planes(mask)
-    allowed = allowed[: planes[0], : planes[1]]
-    return pack(allowed[:, :, :1] if one_row(mask) else allowed)
+    allowed = allowed_pairs(mask, B, H, 1 if one_row(mask) else Nq, Nk, device)
+    planes = plan_planes(mask, B, H)
+    return pack(allowed[: planes[0], : planes[1]])
 
 
-def plan_planes(mask: MaskProgram) -> tuple[int, int]:
+def plan_planes(mask: MaskProgram, B: int, H: int) -> tuple[int, int]:
     """How many batches and heads of a mask are different."""
-    batches = [t.shape[0] for t in mask.tensors]
-    heads = [t.shape[1] for t in mask.tensors if t.dim() > 2]
-    return max(batches, default=1), max(heads, default=1)
+
+    def different(sizes: list[int], n: int) -> int:
+        most = max(sizes, default=1)
+        return most if all(size and most % size == 0 for size in sizes) else n
+
+    batches = different([t.shape[0] for t in mask.tensors], B)
+    return batches, different([t.shape[1] for t in mask.tensors if t.dim() > 2], H)
 
 
 def one_row(mask: MaskProgram) -> bool:
