@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import weft
-from weft.ops.cases import OpCases, Workload
+from weft.ops.cases import OpCases, Workload, invoke, on_device
 
 PASSES = ("forward", "backward", "both")
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 1000
@@ -38,10 +38,7 @@ class Case:
 
     def __post_init__(self):
         self.args = self.workload.make(self.dtype, self.device)
-        self.options = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in self.workload.options.items()
-        }
+        self.options = on_device(self.workload.options, self.device)
 
     @property
     def name(self) -> str:
@@ -71,6 +68,9 @@ class Case:
             for a in self.args
         ]
 
+    def call(self, function: Callable, args: list):
+        return invoke(function, args, self.workload.keywords, self.options)
+
     def upstream(self, results: list[Tensor]) -> list[Tensor]:
         """The same upstream gradients for every provider and dtype."""
         generator = torch.Generator().manual_seed(7)
@@ -82,7 +82,7 @@ class Case:
     def evaluate(self, function: Callable, dtype: torch.dtype | None = None) -> "Values":
         """Results and gradients."""
         args = self.fresh_args(self.cases.differentiable, dtype)
-        results = tensors(function(*args, **self.options))
+        results = tensors(self.call(function, args))
         if not self.cases.differentiable:
             return Values(results, [])
         outputs = [r for r in results if r.requires_grad]
@@ -101,7 +101,7 @@ class Case:
         """Makes fresh inputs (and, for ``backward``, runs the forward); returns what is timed."""
         if pass_ == "forward":
             args = self.fresh_args(requires_grad=False)
-            return lambda: function(*args, **self.options)
+            return lambda: self.call(function, args)
         args = self.fresh_args(requires_grad=True)
         leaves = [a for a in args if is_float(a)]
         if not hasattr(self, "_upstream"):
@@ -112,7 +112,7 @@ class Case:
         return lambda: torch.autograd.grad(self._outputs(function, args), leaves, self._upstream)
 
     def _outputs(self, function, args) -> list[Tensor]:
-        return [r for r in tensors(function(*args, **self.options)) if r.requires_grad]
+        return [r for r in tensors(self.call(function, args)) if r.requires_grad]
 
 
 @dataclass

@@ -88,7 +88,14 @@ def _peak_here(case: Case, function, pass_: str, baseline: int | None) -> tuple[
 def _tiny(case: Case) -> Case:
     """The op's first sample, which runs the same code at a size that takes no memory."""
     sample = case.cases.samples[0]
-    workload = Workload(sample.name, sample.make, 0, lambda _: 0, sample.options)
+    workload = Workload(
+        sample.name,
+        sample.make,
+        0,
+        lambda _: 0,
+        sample.options,
+        keywords=sample.keywords,
+    )
     return Case(case.family, case.cases, workload, case.dtype, case.device)
 
 

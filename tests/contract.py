@@ -9,7 +9,7 @@ from torch import Tensor
 
 import weft
 from weft.dispatch import Dispatcher
-from weft.ops.cases import OpCases, Sample, discover
+from weft.ops.cases import OpCases, Sample, discover, invoke, on_device
 
 CASES = [cases for _, cases in discover()]
 SAMPLES = [(cases, sample) for cases in CASES for sample in cases.samples]
@@ -41,10 +41,7 @@ class Call:
     def __post_init__(self):
         self.upstream_dtype = self.dtype  # what upstream gradients are rounded to
         self.args = self.sample.make(self.dtype, self.device)
-        self.options = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in self.sample.options.items()
-        }
+        self.options = on_device(self.sample.options, self.device)
 
     def in_dtype(self, dtype: torch.dtype) -> "Call":
         """The same call with the values of these inputs in another dtype; in float64, the truth."""
@@ -63,10 +60,13 @@ class Call:
         """Calls the function with the float arguments replaced, expanded as in the sample."""
         given = iter(leaves)
         args = [next(given).expand(a.shape) if _is_float(a) else a for a in self.args]
-        return (function or self.cases.function)(*args, **self.options)
+        return self.call(function, args)
 
     def __call__(self, function=None):
-        return (function or self.cases.function)(*self.args, **self.options)
+        return self.call(function, self.args)
+
+    def call(self, function, args):
+        return invoke(function or self.cases.function, args, self.sample.keywords, self.options)
 
 
 def _is_float(value) -> bool:

@@ -197,7 +197,7 @@ def call_leaves(leaves):
 def test_repeats_bit_for_bit(cases, implementation, dtype):
     """The same bits for any number of runs and of threads, at a size that has many tasks."""
     workload = cases.workloads[0]
-    sample = Sample(workload.name, workload.make, workload.options)
+    sample = Sample(workload.name, workload.make, workload.options, keywords=workload.keywords)
     call = call_for(implementation, cases, cases.samples[0] if INTERPRETED else sample, dtype)
     threads = torch.get_num_threads()
     runs = []

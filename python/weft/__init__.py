@@ -4,6 +4,7 @@ from weft import masks, native, nn, optim  # native loads the libraries
 from weft.dispatch import use
 from weft.ops.attention.attention import attention
 from weft.ops.attention.biases import DistanceBias, LowRankBias, RelativeBias
+from weft.ops.attention.relative_bias import relative_bias
 from weft.ops.attention.varlen import attention_varlen
 from weft.ops.attention.window import window_attention
 from weft.ops.checks import check_values
@@ -48,6 +49,7 @@ __all__ = [
     "pairwise",
     "pairwise_distance",
     "prototype_similarity",
+    "relative_bias",
     "segment_stats",
     "subspace_logits",
     "subspace_project",

@@ -4,12 +4,13 @@ A module of ``cases`` lists its public functions in ``CASES``; nothing else has 
 one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 import weft
@@ -22,9 +23,21 @@ def randn(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0) -> Tens
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device, dtype)
 
 
+def on_device(options: dict, device: str) -> dict:
+    """Options with the tensors in them, and in masks and the like, on the device."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), options)
+
+
+def invoke(function: Callable, args: Sequence, keywords: tuple[str, ...], options: dict):
+    """Calls the function with the last arguments by their names."""
+    n = len(args) - len(keywords)
+    return function(*args[:n], **dict(zip(keywords, args[n:], strict=True)), **options)
+
+
 @dataclass(frozen=True)
 class Sample:
-    """Small inputs for correctness: ``make(dtype, device)`` gives the arguments of the function.
+    """Small inputs for correctness: ``make(dtype, device)`` gives the arguments of the function,
+    the last of them those that have the names ``keywords``.
 
     ``constant`` are the positions of floating-point results that depend on no argument of ``make``:
     they need no gradient, all others must have one.
@@ -34,6 +47,7 @@ class Sample:
     make: Callable[[torch.dtype, str], tuple]
     options: dict = field(default_factory=dict)
     constant: tuple[int, ...] = ()
+    keywords: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Workload:
     options: dict = field(default_factory=dict)
     backward_flops: float = 0.0
     quick: bool = False  # small enough for --quick and the demo
+    keywords: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from weft.ops.attention.inputs import check_beside, check_bias
-from weft.ops.attention.relative_bias import gather_bias
+from weft.ops.attention.relative_bias import relative_bias
 
 
 class Bias:
@@ -37,7 +37,7 @@ class RelativeBias(Bias):
     index: Tensor
 
     def to_dense(self) -> Tensor:
-        return gather_bias(self.table, self.index)
+        return relative_bias(self.table, self.index)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,34 @@ from torch import Tensor
 
 from weft.dispatch import transformed
 from weft.ops.checks import values_are_checked
-from weft.ops.registration import FLOATS, Op, reference, register_gradient
+from weft.ops.registration import FLOATS, Op, cpu, reference, register_gradient
 from weft.reference.attention import relative_bias as formula
 
 
-def gather_bias(table: Tensor, index: Tensor) -> Tensor:
-    """``table`` (T, H) at ``index`` (Nq, Nk): (1, H, Nq, Nk)."""
+def relative_bias(table: Tensor, index: Tensor) -> Tensor:
+    r"""A learned bias of attention that depends on the relative position alone.
+
+    .. math:: \text{bias}_{hij} = \text{table}_{\text{index}_{ij}, h}
+
+    ``weft.RelativeBias(table, index)`` as the ``bias`` of an attention means this. The gradient of
+    an entry adds its pairs in their order: the same bits at every run and on every device.
+
+    Args:
+        table: ``(T, H)`` float64, float32, bfloat16 or float16, any strides.
+        index: ``(Nq, Nk)`` int64 in [0, T).
+
+    Returns:
+        ``(1, H, Nq, Nk)`` in the dtype of table, differentiable twice. Half precision sums its
+        gradient in float32.
+
+    Raises:
+        ValueError: shapes or devices that do not match; an index out of range (on the CPU; on a GPU
+            with ``weft.check_values(True)``, else undefined).
+        TypeError: dtypes that are not supported.
+
+    Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
+    ICCV 2021, equation 4.
+    """
     if not isinstance(table, Tensor) or table.dtype not in FLOATS:
         raise TypeError(f"table must be a float tensor, got {getattr(table, 'dtype', type(table))}")
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
@@ -34,6 +56,14 @@ def _fake(table, index):
     return table.new_empty(1, table.shape[1], *index.shape)
 
 
+def _reference(table, index):
+    return formula.relative_bias(table, index).contiguous()
+
+
+def _reference_backward(grad, index, T):
+    return formula.relative_bias_backward(grad, index, T)
+
+
 def _fake_backward(grad, index, T):
     return grad.new_empty(T, grad.shape[1])
 
@@ -44,7 +74,8 @@ forward = Op(
     family="attention",
     fake=_fake,
     implementations=[
-        reference(lambda table, index: formula.relative_bias(table, index).contiguous())
+        cpu("relative_bias"),
+        reference(_reference),
     ],
 )
 backward = Op(
@@ -52,7 +83,10 @@ backward = Op(
     "(Tensor grad, Tensor index, SymInt T) -> Tensor",
     family="attention",
     fake=_fake_backward,
-    implementations=[reference(formula.relative_bias_backward)],
+    implementations=[
+        cpu("relative_bias_backward"),
+        reference(_reference_backward),
+    ],
 )
 
 
