@@ -1,4 +1,4 @@
-"""TransNeXt's aggregated attention against its formula: one softmax over all keys of a place."""
+"""TransNeXt's attentions against their formulas: one softmax over all keys of a place."""
 
 import math
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from weft.nn import AggregatedAttention
+from weft.nn import AggregatedAttention, LengthScaledCosineAttention
 from weft.ops.cases import randn
 
 B, DIM, HEADS = 2, 6, 2
 D = DIM // HEADS
 
 
-def layer_of(size, **options):
+def layer_of(size, kind=AggregatedAttention, **options):
     torch.manual_seed(0)
-    layer = AggregatedAttention(DIM, size, HEADS, dtype=torch.float64, **options)
+    layer = kind(DIM, size, HEADS, dtype=torch.float64, **options)
     for name, parameter in layer.named_parameters():
         if name != "temperature":
             torch.nn.init.normal_(parameter, std=0.5)
@@ -54,10 +54,7 @@ def aggregated(layer, x, size, pretrained):
                     and 0 <= z + o % layer.window - radius < W
                 ]
                 count = math.log(len(near) + h * w)
-                tau = math.log(1 + math.exp(layer.temperature[head].item()))
-                tau = tau + layer.temperature[head, 0, 0].sigmoid() * (
-                    layer.temperature[head, 0, 0] - layer.temperature[head, 0, 0].detach()
-                )  # the derivative of softplus
+                tau = (1 + layer.temperature[head, 0, 0].exp()).log()
                 query = (unit + layer.query_embedding[head, 0]) * tau * count
                 scores, values = [], []
                 for o, j in near:
@@ -93,7 +90,10 @@ def aggregated(layer, x, size, pretrained):
 def test_is_one_softmax(size, window, pool, pretrained):
     layer = layer_of(size, window=window, pool=pool, pretrain_size=pretrained)
     x = randn(B, size[0] * size[1], DIM, dtype=torch.float64).requires_grad_()
-    ours, expected = layer(x), aggregated(layer, x, size, pretrained or size)
+    assert_same(layer, x, layer(x), aggregated(layer, x, size, pretrained or size))
+
+
+def assert_same(layer, x, ours, expected):
     torch.testing.assert_close(ours, expected)
     upstream = randn(*x.shape, dtype=torch.float64, seed=3)
     inputs = [x, *layer.parameters()]
@@ -103,6 +103,32 @@ def test_is_one_softmax(size, window, pool, pretrained):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("size, pretrained", [((3, 4), None), ((4, 2), (3, 5))])
+def test_length_scaled_cosine(size, pretrained):
+    layer = layer_of(size, LengthScaledCosineAttention, pretrain_size=pretrained)
+    (H, W), (h, w) = size, pretrained or size
+    N = H * W
+    x = randn(B, N, DIM, dtype=torch.float64).requires_grad_()
+    places = torch.tensor(
+        [
+            [
+                [coordinate(i // W, j // W, H, H, h), coordinate(i % W, j % W, W, W, w)]
+                for j in range(N)
+            ]
+            for i in range(N)
+        ],
+        dtype=torch.float64,
+    )
+    bias = layer.cpb_fc2(torch.relu(layer.cpb_fc1(places))).permute(2, 0, 1)
+    q, k, v = layer.qkv(x).view(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+    q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+    tau = (1 + layer.temperature.exp()).log()
+    scores = torch.einsum("bhid,bhjd->bhij", q + layer.query_embedding, k)
+    weights = (tau * math.log(N) * scores + bias).softmax(-1)
+    expected = layer.proj(torch.einsum("bhij,bhjd->bihd", weights, v).reshape(B, N, DIM))
+    assert_same(layer, x, layer(x), expected)
 
 
 def test_begins_as_published():
@@ -123,6 +149,7 @@ def test_refuses():
         ("window must be odd", lambda: AggregatedAttention(8, 4, 2, 2, 2)),
         ("pool must be", lambda: AggregatedAttention(8, (4, 8), 2, 3, 5)),
         ("pretrain_size must be", lambda: AggregatedAttention(8, 4, 2, 3, 2, pretrain_size=(0, 1))),
+        ("x must be", lambda: LengthScaledCosineAttention(8, 4, 2)(randn(2, 15, 8))),
         ("x must be", lambda: AggregatedAttention(8, 4, 2, 3, 2)(randn(2, 15, 8))),
     ]:
         with pytest.raises(ValueError, match=match):

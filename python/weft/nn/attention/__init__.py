@@ -1,6 +1,6 @@
 """Attention layers."""
 
-from weft.nn.attention.aggregated import AggregatedAttention
+from weft.nn.attention.aggregated import AggregatedAttention, LengthScaledCosineAttention
 from weft.nn.attention.conv_projection import ConvProjectionAttention
 from weft.nn.attention.cross_scale import (
     ClassCrossAttention,
@@ -21,6 +21,7 @@ from weft.nn.attention.masked_cross import (
     PrototypeCrossAttention,
     masks_from_logits,
 )
+from weft.nn.attention.memory_read import memory_read
 from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
 from weft.nn.attention.polarized import PolarizedSelfAttention
 from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
@@ -48,6 +49,7 @@ __all__ = [
     "Hopfield",
     "HopfieldLayer",
     "HopfieldPooling",
+    "LengthScaledCosineAttention",
     "LocalFrameAttention",
     "MaskedCrossAttention",
     "NeighborhoodAttention",
@@ -61,6 +63,7 @@ __all__ = [
     "hopfield_energy",
     "hopfield_retrieve",
     "masks_from_logits",
+    "memory_read",
     "prune_tokens",
     "reversed_attention",
 ]

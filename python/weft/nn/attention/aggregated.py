@@ -43,7 +43,118 @@ def relative_coordinates(
     return coordinates, index.view(size[0] * size[1], -1)
 
 
-class AggregatedAttention(nn.Module):
+class _CosineAttention(nn.Module):
+    """What both attentions of TransNeXt share: scaled unit queries, and a bias by an MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        input_size: int | tuple[int, int],
+        num_heads: int,
+        pool: int,
+        pretrain_size: int | tuple[int, int] | None,
+        factory: dict,
+    ):
+        super().__init__()
+        check_heads(dim, num_heads)
+        check_sizes(pool=pool)
+        self.input_size = size_pair("input_size", input_size)
+        pretrained = size_pair("pretrain_size", pretrain_size or self.input_size)
+        self.pool_size = tuple(n // pool for n in self.input_size)
+        if 0 in self.pool_size:
+            raise ValueError(f"pool must be at most {min(self.input_size)}, got {pool}")
+        self.dim, self.num_heads = dim, num_heads
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
+        embedding = torch.empty(num_heads, 1, dim // num_heads, **factory)
+        self.query_embedding = nn.Parameter(embedding)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.cpb_fc1 = nn.Linear(2, 512, **factory)
+        self.cpb_fc2 = nn.Linear(512, num_heads, **factory)
+        sizes = (self.input_size, self.pool_size, pretrained)
+        coordinates, index = relative_coordinates(*sizes, factory["device"])
+        coordinates = coordinates.to(self.temperature.dtype)
+        self.register_buffer("coordinates", coordinates, persistent=False)
+        self.register_buffer("coordinate_index", index, persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The beginnings of the authors' code; its linear layers reset themselves."""
+        self.temperature.fill_(FIRST_TEMPERATURE)
+        nn.init.trunc_normal_(self.query_embedding, std=0.02)
+
+    def _scaled(self, unit: Tensor, log_keys: Tensor | float) -> Tensor:
+        return (unit + self.query_embedding) * (F.softplus(self.temperature) * log_keys)
+
+    def _bias(self) -> RelativeBias:
+        table = self.cpb_fc2(F.relu(self.cpb_fc1(self.coordinates)))
+        return RelativeBias(table, self.coordinate_index)
+
+
+class LengthScaledCosineAttention(_CosineAttention):
+    r"""Self-attention by cosines, sharper the more keys there are.
+
+    .. math::
+        \text{out}_i = W_o \sum_j \mathrm{softmax}_j\big(
+            \tau \log(N) \, \langle \hat q_i + e, \hat k_j \rangle + b_{ij}\big) \, v_j
+
+    per head, N = H W: the entropy of the weights stays about the same from one size of map to
+    another. Hats divide by the norm, :math:`\tau = \mathrm{softplus}(\texttt{temperature})`, e is
+    the query embedding and b an MLP of log-spaced offsets. It is TransNeXt's attention where a map
+    is so small that all its places are near.
+
+    Args:
+        dim: C.
+        input_size: H and W of the map.
+        num_heads: divides dim.
+        qkv_bias: whether queries, keys and values have a bias.
+        pretrain_size: the H and W that offsets are measured by, where a layer is fine-tuned on
+            larger maps than it was pretrained on; default: input_size.
+        device, dtype: of the parameters.
+
+    Attributes:
+        temperature, query_embedding, qkv, proj, cpb_fc1, cpb_fc2: by the names of the authors'
+            code.
+
+    Shapes: ``(B, H W, C)``, the map row by row, to the same.
+
+    Raises:
+        ValueError: sizes below 1, tokens of another shape.
+        TypeError: tokens that are not floating-point.
+
+    Source: Shi, "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", CVPR 2024,
+    section 3, length-scaled cosine attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_size: int | tuple[int, int],
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = True,
+        pretrain_size: int | tuple[int, int] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, input_size, num_heads, 1, pretrain_size, factory)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.input_size[0] * self.input_size[1]
+        check_tokens("x", x, self.dim, places)
+        query, key, value = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, -1))
+        query = self._scaled(F.normalize(query, dim=-1), math.log(places)).to(value.dtype)
+        key = F.normalize(key, dim=-1).to(value.dtype)
+        out = attention(query, key, value, bias=self._bias(), scale=1.0)
+        return self.proj(merge_heads(out))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, input_size={self.input_size}, num_heads={self.num_heads}"
+
+
+class AggregatedAttention(_CosineAttention):
     r"""One softmax over a k x k window around each place and over a pooled copy of the map.
 
     .. math::
@@ -101,52 +212,31 @@ class AggregatedAttention(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        check_heads(dim, num_heads)
-        check_sizes(window=window, pool=pool)
-        self.input_size = size_pair("input_size", input_size)
-        pretrained = size_pair("pretrain_size", pretrain_size or self.input_size)
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, input_size, num_heads, pool, pretrain_size, factory)
+        check_sizes(window=window)
         if window % 2 == 0:
             raise ValueError(f"window must be odd, got {window}")
-        self.pool_size = tuple(n // pool for n in self.input_size)
-        if 0 in self.pool_size:
-            raise ValueError(f"pool must be at most {min(self.input_size)}, got {pool}")
-        self.dim, self.num_heads, self.window = dim, num_heads, window
-        factory, head_dim = {"device": device, "dtype": dtype}, dim // num_heads
-        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
-        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, head_dim, **factory))
+        self.window, head_dim = window, dim // num_heads
         self.learnable_tokens = nn.Parameter(torch.empty(num_heads, head_dim, window**2, **factory))
         self.learnable_bias = nn.Parameter(torch.empty(num_heads, 1, window**2, **factory))
         self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, window**2, **factory))
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
         self.sr = nn.Conv2d(dim, dim, 1, **factory)
         self.norm = nn.LayerNorm(dim, **factory)
-        self.cpb_fc1 = nn.Linear(2, 512, **factory)
-        self.cpb_fc2 = nn.Linear(512, num_heads, **factory)
-        self._register_places(pretrained, device)
-        self.reset_parameters()
-
-    def _register_places(self, pretrained: tuple[int, int], device) -> None:
-        """Which places of each window are on the map, and which bias belongs to each pooled key."""
-        coordinates, index = relative_coordinates(
-            self.input_size, self.pool_size, pretrained, device
-        )
-        places = torch.ones(1, 1, self.input_size[0] * self.input_size[1], 1, device=device)
+        (height, width), (pool_height, pool_width) = self.input_size, self.pool_size
+        places = torch.ones(1, 1, height * width, 1, device=device)
         inside = torch.stack([t.flatten() for t in self._near(places)], -1) > 0
-        keys = inside.sum(1, keepdim=True) + index.shape[1]
-        dtype = self.temperature.dtype
+        log_keys = (inside.sum(1, keepdim=True) + pool_height * pool_width).double().log()
         self.register_buffer("inside", inside, persistent=False)
-        self.register_buffer("log_keys", keys.double().log().to(dtype), persistent=False)
-        self.register_buffer("coordinates", coordinates.to(dtype), persistent=False)
-        self.register_buffer("coordinate_index", index, persistent=False)
+        self.register_buffer("log_keys", log_keys.to(self.temperature.dtype), persistent=False)
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The beginnings of the authors' code; its linear layers reset themselves."""
-        self.temperature.fill_(FIRST_TEMPERATURE)
-        nn.init.trunc_normal_(self.query_embedding, std=0.02)
+        super().reset_parameters()
         nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
         nn.init.zeros_(self.learnable_bias)
         nn.init.trunc_normal_(self.relative_pos_bias_local, std=0.0004)
@@ -155,8 +245,7 @@ class AggregatedAttention(nn.Module):
         H, W = self.input_size
         check_tokens("x", x, self.dim, H * W)
         unit = F.normalize(split_heads(self.q(x), self.num_heads), dim=-1)
-        scale = F.softplus(self.temperature) * self.log_keys
-        query = (unit + self.query_embedding) * scale
+        query = self._scaled(unit, self.log_keys)
         pooled = F.gelu(self.sr(x.mT.unflatten(2, (H, W))))
         pooled = F.adaptive_avg_pool2d(pooled, self.pool_size).flatten(2).mT
         kv = torch.cat([self.kv(x), self.kv(self.norm(pooled))], 1)
@@ -167,7 +256,7 @@ class AggregatedAttention(nn.Module):
             query.to(value.dtype),
             key[:, :, N:].to(value.dtype),
             value[:, :, N:],
-            bias=RelativeBias(self._peripheral_table(), self.coordinate_index),
+            bias=self._bias(),
             scale=1.0,
             return_lse=True,
         )
@@ -182,9 +271,6 @@ class AggregatedAttention(nn.Module):
         for weight, v in zip(weights.unflatten(2, (H, W)).unbind(-1), values, strict=True):
             out = out + weight[..., None] * v
         return self.proj(merge_heads(out.flatten(2, 3).to(value.dtype)))
-
-    def _peripheral_table(self) -> Tensor:
-        return self.cpb_fc2(F.relu(self.cpb_fc1(self.coordinates)))
 
     def _near(self, x: Tensor) -> list[Tensor]:
         """``(B, heads, N, D)``: at each place of the window, what the places of the map find there,
