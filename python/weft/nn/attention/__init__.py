@@ -32,6 +32,7 @@ from weft.nn.attention.token_reorganization import (
     TokenPruning,
     prune_tokens,
 )
+from weft.nn.attention.visual_prompts import PromptCAM, VisualQueryTuning
 from weft.nn.attention.window import WindowAttention
 
 __all__ = [
@@ -54,10 +55,12 @@ __all__ = [
     "MaskedCrossAttention",
     "NeighborhoodAttention",
     "PolarizedSelfAttention",
+    "PromptCAM",
     "PrototypeCrossAttention",
     "ReversedAttention",
     "TNTBlock",
     "TokenPruning",
+    "VisualQueryTuning",
     "WindowAttention",
     "balanced_clusters",
     "hopfield_energy",
