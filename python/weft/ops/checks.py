@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from weft.dispatch import transformed
 from weft.ops.registration import FLOATS
 
 _check_values = False
@@ -19,7 +20,7 @@ def check_values(enabled: bool) -> None:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.is_meta or transformed():
         return False
     return tensor.device.type == "cpu" or _check_values
 

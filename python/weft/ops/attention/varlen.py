@@ -53,6 +53,8 @@ def attention_varlen(
         ValueError: as ``weft.attention``; offsets that decrease, are out of range or longer than
             the lengths given (on the CPU; on a GPU with ``weft.check_values(True)``).
         TypeError: as ``weft.attention``; a mask of another kind.
+
+    Source: the packed form of Dao, "FlashAttention-2", 2023, with its offsets.
     """
     check_float(query=query, key=key, value=value)
     for name, t in (("query", query), ("key", key), ("value", value)):

@@ -30,8 +30,10 @@ def _swin(windows, heads, N, D):
 
 
 SAMPLES = [
+    Sample("plain", _swin(3, 2, 5, 4), keywords=("bias",)),
+    Sample("one", _swin(1, 1, 1, 1), keywords=("bias",)),
     Sample(
-        "plain",
+        "regions",
         with_more(tokens(6, 2, 9, 9, 4), (2, 9, 9)),
         {"region_ids": shifted_regions(9, 3, 1)[:3]},
         keywords=("bias",),
@@ -39,7 +41,6 @@ SAMPLES = [
     Sample(
         "swin", _swin(8, 3, 49, 16), {"region_ids": shifted_regions(14, 7, 3)}, keywords=("bias",)
     ),
-    Sample("unshifted", _swin(3, 2, 5, 4), keywords=("bias",)),
 ]
 
 
