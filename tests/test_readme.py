@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from peers import import_timm, import_transformers
 
+import weft
 from weft.ops.cases import discover
 from weft.ops.registration import INTERPRETED
 
@@ -15,11 +18,28 @@ TEXT = (ROOT / "README.md").read_text()
 @pytest.mark.skipif(INTERPRETED, reason="the sizes are for real machines")
 def test_examples_run():
     scope: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert blocks
-    for block in blocks:
+    for block in blocks(of_packages=False):
         exec(block, scope)
     assert scope["logits"].shape == (32, 10)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the sizes are for real machines")
+def test_examples_of_packages_run():
+    import_timm()
+    import_transformers()
+    scope = {"weft": weft}
+    for block in blocks(of_packages=True):
+        exec(block, scope)
+    with torch.no_grad():
+        assert scope["model"](torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+
+
+def blocks(of_packages: bool) -> list[str]:
+    """The examples, apart from those that import a package that weft does not need."""
+    found = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    chosen = [b for b in found if bool(re.search("(timm|transformers)\\b.*\n", b)) == of_packages]
+    assert chosen
+    return chosen
 
 
 def test_table_has_every_op():

@@ -81,12 +81,13 @@ def test_reference_never_declines(name):
 
 
 def test_nothing_imports_upwards():
-    """reference, distributed <- ops <- nn, optim; the first two need torch alone."""
+    """reference, distributed <- ops <- nn, optim <- integrations; the first need torch alone."""
     above = {
         "distributed": r"weft\b(?!\.distributed)|numpy|triton",
         "reference": r"weft\b(?!\.reference)|numpy|triton",
-        "ops": r"weft\.(nn|optim|cli|benchmarks)",
-        "nn": r"weft\.(cli|benchmarks)",
+        "ops": r"weft\.(nn|optim|integrations|cli|benchmarks)",
+        "nn": r"weft\.(integrations|cli|benchmarks)",
+        "integrations": r"weft\.(cli|benchmarks)",
     }
     for folder, forbidden in above.items():
         for path in own_files(f"python/weft/{folder}/**/*.py"):
@@ -127,11 +128,12 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_import_is_light():
-    """Under 1.5 s of processor time beyond torch's; no Triton, matplotlib or CUDA context."""
+    """Under 1.5 s of processor time beyond torch's; no package that it can do without, no CUDA."""
     code = (
         "import time, torch, sys; start = time.process_time(); import weft;"
         "print(time.process_time() - start, torch.cuda.is_initialized(),"
-        "*(m for m in ('triton', 'matplotlib', 'rich', 'sklearn') if m in sys.modules))"
+        "*(m for m in ('triton', 'matplotlib', 'rich', 'sklearn', 'timm', 'transformers')"
+        " if m in sys.modules))"
     )
     seconds, initialized, *modules = python(code, TRITON_INTERPRET="0").split()
     assert float(seconds) < 1.5

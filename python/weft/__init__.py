@@ -1,7 +1,8 @@
 """weft: fused kernels for representation learning. ``python -m weft`` shows what runs here."""
 
-from weft import masks, native, nn, optim  # native loads the libraries
+from weft import integrations, masks, native, nn, optim  # native loads the libraries
 from weft.dispatch import use
+from weft.integrations.patching import patch
 from weft.ops.attention.attention import attention
 from weft.ops.attention.biases import DistanceBias, LowRankBias, RelativeBias
 from weft.ops.attention.relative_bias import relative_bias
@@ -38,6 +39,7 @@ __all__ = [
     "grassmann_step",
     "grassmann_step_",
     "hamming_topk",
+    "integrations",
     "linear_cross_entropy",
     "masks",
     "maxsim",
@@ -48,6 +50,7 @@ __all__ = [
     "pack_bits",
     "pairwise",
     "pairwise_distance",
+    "patch",
     "prototype_similarity",
     "relative_bias",
     "segment_stats",

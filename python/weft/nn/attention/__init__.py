@@ -22,6 +22,7 @@ from weft.nn.attention.masked_cross import (
     masks_from_logits,
 )
 from weft.nn.attention.memory_read import memory_read
+from weft.nn.attention.multihead import MultiheadAttention
 from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
 from weft.nn.attention.polarized import PolarizedSelfAttention
 from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
@@ -53,6 +54,7 @@ __all__ = [
     "LengthScaledCosineAttention",
     "LocalFrameAttention",
     "MaskedCrossAttention",
+    "MultiheadAttention",
     "NeighborhoodAttention",
     "PolarizedSelfAttention",
     "PromptCAM",
