@@ -44,10 +44,14 @@ SAMPLES = [
     Sample("joint_projection", split_heads(2, 3, 49, 16)),
     Sample("sliced", _sliced),
     Sample("broadcast", _broadcast),
-    Sample("one", tokens(1, 1, 1, 1, 1)),
-    Sample("no_keys", tokens(2, 2, 3, 0, 4)),
-    Sample("no_queries", tokens(2, 2, 0, 3, 4)),
-    Sample("one_head", lambda d, v: tuple(t[:, 0] for t in tokens(2, 1, 3, 4, 5)(d, v))),
+    Sample("one", tokens(1, 1, 1, 1, 1), {"scale": -0.5}),
+    Sample("no_keys", tokens(2, 2, 3, 0, 4), {"scale": 0.5}),
+    Sample("no_queries", tokens(2, 2, 0, 3, 4), {"scale": 0.5}),
+    Sample(
+        "one_head",
+        lambda dtype, device: tuple(t[:, 0] for t in tokens(2, 1, 3, 4, 5)(dtype, device)),
+        {"scale": 0.5},
+    ),
     Sample(
         "everything",
         with_more(
