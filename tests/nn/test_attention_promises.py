@@ -23,6 +23,7 @@ from weft.nn import (
     PolarizedSelfAttention,
     PrototypeCrossAttention,
     ReversedAttention,
+    SparsifinerAttention,
     TNTBlock,
     WindowAttention,
 )
@@ -50,6 +51,7 @@ LAYERS = {
     "reversed": (lambda: ReversedAttention(8, 2), [(5, 8)]),
     "masked cross": (lambda: inside(MaskedCrossAttention(8, 2), 5), [(3, 8), (20, 8)]),
     "prototype cross": (lambda: inside(PrototypeCrossAttention(8, 2), 1), [(3, 8), (8, 4, 5)]),
+    "sparsifiner": (lambda: SparsifinerAttention(8, 7, 2, keep=1.0), [(7, 8)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 

@@ -26,6 +26,7 @@ from weft.nn.attention.multihead import MultiheadAttention
 from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
 from weft.nn.attention.polarized import PolarizedSelfAttention
 from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
+from weft.nn.attention.sparsifiner import ConnectivityPredictor, SparsifinerAttention
 from weft.nn.attention.tnt import TNTBlock
 from weft.nn.attention.token_reorganization import (
     ClassAttention,
@@ -41,6 +42,7 @@ __all__ = [
     "ClassAttention",
     "ClassCrossAttention",
     "ClassCrossAttentionBlock",
+    "ConnectivityPredictor",
     "ConvProjectionAttention",
     "CrossScaleFusion",
     "DependencyBlock",
@@ -60,6 +62,7 @@ __all__ = [
     "PromptCAM",
     "PrototypeCrossAttention",
     "ReversedAttention",
+    "SparsifinerAttention",
     "TNTBlock",
     "TokenPruning",
     "VisualQueryTuning",
