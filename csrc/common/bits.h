@@ -113,7 +113,7 @@ Mask<T> lanes_from_bits(uint64_t word) {
   using Int = typename Vec<T>::Int;
   typename Vec<T>::Bits bit;
   for (int i = 0; i < Vec<T>::size; ++i) bit[i] = Int(1) << i;
-  return {(bit & Int(word)) != 0};
+  return {(bit & Int(word)) == bit};
 #endif
 }
 
