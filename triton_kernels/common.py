@@ -166,3 +166,13 @@ def rounded(value, dtype: tl.constexpr):
 def usable_scale(largest):
     """What to divide by before squaring: the largest |value|, 1 where that is 0 or not finite."""
     return tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+
+
+@triton.jit
+def tanh(z):
+    """By its series where 1 − 2/(1 + e^2z) would cancel."""
+    q = z * z
+    series = 62.0 / 2835 + q * (-1382.0 / 155925 + q * (21844.0 / 6081075))
+    series = 1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * series)))
+    tail = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(z)))
+    return tl.where(tl.abs(z) < 0.4, z * series, tl.where(z < 0, -tail, tail))

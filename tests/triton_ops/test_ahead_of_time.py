@@ -63,25 +63,32 @@ def launches(module, dtype: torch.dtype, architecture: int) -> list[common.Launc
 
 def source(launch: common.Launch) -> ASTSource:
     """As Triton specialises a call: ones and None are constants, divisibility by 16 is known."""
-    signature, constants, attributes = {}, {}, {}
+    constants, attributes = {}, {}
+
+    def kind(value, path: tuple[int, ...]):
+        if isinstance(value, tuple):
+            kinds = [kind(part, (*path, n)) for n, part in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        if value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, int):
+            if value % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+    signature = {}
     given = iter(launch.args)
     for index, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
         if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", launch.constants[name]
-            continue
-        value = next(given)
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = launch.constants[parameter.name]
         else:
-            signature[name] = "fp32"
+            signature[parameter.name] = kind(next(given), (index,))
     assert next(given, None) is None
     return ASTSource(launch.kernel, signature, constants, attributes)
 

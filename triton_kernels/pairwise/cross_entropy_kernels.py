@@ -9,20 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from weft.triton_kernels.common import rounded
+from weft.triton_kernels.common import rounded, tanh
 from weft.triton_kernels.pairwise.pairs import log1p, product_tile
 
 INFINITY = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _tanh(z):
-    """By its series where 1 − 2/(1 + e^2z) would cancel."""
-    q = z * z
-    series = 62.0 / 2835 + q * (-1382.0 / 155925 + q * (21844.0 / 6081075))
-    series = 1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * series)))
-    tail = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(z)))
-    return tl.where(tl.abs(z) < 0.4, z * series, tl.where(z < 0, -tail, tail))
 
 
 @triton.jit
@@ -63,7 +53,7 @@ def _logits(
     if bias is not None:
         s += tl.load(bias + j, mask=j < M, other=0.0)[None, :]
     if SOFTCAP:
-        s = softcap * _tanh(s / softcap)
+        s = softcap * tanh(s / softcap)
     if positives is not None:
         at = positives + i[:, None] * stride_pn + j[None, :] * stride_pm
         positive = tl.load(at, mask=exist, other=0).to(tl.int1)

@@ -22,9 +22,11 @@ from weft.ops.attention.inputs import (
 )
 from weft.ops.attention.mask_plan import kernel_program
 from weft.ops.checks import autocast
-from weft.ops.registration import Op, reference, register_gradient
+from weft.ops.registration import Op, reference, register_gradient, triton
 from weft.reference.attention import attention as formula
 from weft.reference.attention.attention import Inputs, Upstream
+
+LARGEST_TRITON_HEAD = 256
 
 
 def attention(
@@ -176,12 +178,20 @@ def _reference_backward(*args):
     )
 
 
+def _triton_refuses(*args) -> str | None:
+    query, _, value = args[:3]
+    if max(query.shape[3], value.shape[3]) > LARGEST_TRITON_HEAD:
+        return f"takes heads of up to {LARGEST_TRITON_HEAD}"
+    return None
+
+
 forward = Op(
     "attention",
     f"({SCHEMA}, bool key_sums) -> (Tensor, Tensor, Tensor)",
     family="attention",
     fake=_fake,
     implementations=[
+        triton("attention.attention", "attention", _triton_refuses),
         reference(_reference),
     ],
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from weft.masks import Composition, Dense, Mask, MaskPlan
-from weft.ops.registration import FLOATS, Op, cpu, reference, register_no_gradient
+from weft.ops.registration import FLOATS, Op, cpu, reference, register_no_gradient, triton
 from weft.reference.attention import masks as formula
 from weft.reference.attention.masks import MaskProgram
 
@@ -37,6 +37,7 @@ mask_plan = Op(
     fake=_fake,
     implementations=[
         cpu("attention_mask_plan", dtypes=FLOATS | {torch.bool, torch.int64}),
+        triton("attention.mask_plan", "mask_plan", dtypes=FLOATS | {torch.bool, torch.int64}),
         reference(_reference),
     ],
 )
