@@ -9,6 +9,8 @@ from weft.nn import (
     AggregatedAttention,
     ClassCrossAttention,
     ConvProjectionAttention,
+    CRATEBlock,
+    CRATEDecoderBlock,
     CrossScaleFusion,
     FeatureSpaceAttention,
     GaussianMaskAttention,
@@ -16,6 +18,9 @@ from weft.nn import (
     Hopfield,
     HopfieldLayer,
     HopfieldPooling,
+    InteractingLayer,
+    InvertedBlock,
+    InvertedForecaster,
     LengthScaledCosineAttention,
     LocalFrameAttention,
     MaskedCrossAttention,
@@ -24,6 +29,7 @@ from weft.nn import (
     PrototypeCrossAttention,
     ReversedAttention,
     SparsifinerAttention,
+    SubspaceAttention,
     TNTBlock,
     WindowAttention,
 )
@@ -52,6 +58,12 @@ LAYERS = {
     "masked cross": (lambda: inside(MaskedCrossAttention(8, 2), 5), [(3, 8), (20, 8)]),
     "prototype cross": (lambda: inside(PrototypeCrossAttention(8, 2), 1), [(3, 8), (8, 4, 5)]),
     "sparsifiner": (lambda: SparsifinerAttention(8, 7, 2, keep=1.0), [(7, 8)]),
+    "subspace": (lambda: SubspaceAttention(8, 2), [(5, 8)]),
+    "crate": (lambda: CRATEBlock(8, 2), [(5, 8)]),
+    "crate decoder": (lambda: CRATEDecoderBlock(8, 2), [(5, 8)]),
+    "interacting": (lambda: InteractingLayer(6, 8, 2), [(5, 6)]),
+    "inverted": (lambda: InvertedBlock(8, 2), [(5, 8)]),
+    "forecaster": (lambda: InvertedForecaster(7, 3, 8, 1, 2), [(7, 5)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 

@@ -34,11 +34,15 @@ from weft.nn.attention.token_reorganization import (
     TokenPruning,
     prune_tokens,
 )
+from weft.nn.attention.variates import InteractingLayer, InvertedBlock, InvertedForecaster
 from weft.nn.attention.visual_prompts import PromptCAM, VisualQueryTuning
+from weft.nn.attention.white_box import CRATEBlock, CRATEDecoderBlock, SubspaceAttention
 from weft.nn.attention.window import WindowAttention
 
 __all__ = [
     "AggregatedAttention",
+    "CRATEBlock",
+    "CRATEDecoderBlock",
     "ClassAttention",
     "ClassCrossAttention",
     "ClassCrossAttentionBlock",
@@ -53,6 +57,9 @@ __all__ = [
     "Hopfield",
     "HopfieldLayer",
     "HopfieldPooling",
+    "InteractingLayer",
+    "InvertedBlock",
+    "InvertedForecaster",
     "LengthScaledCosineAttention",
     "LocalFrameAttention",
     "MaskedCrossAttention",
@@ -63,6 +70,7 @@ __all__ = [
     "PrototypeCrossAttention",
     "ReversedAttention",
     "SparsifinerAttention",
+    "SubspaceAttention",
     "TNTBlock",
     "TokenPruning",
     "VisualQueryTuning",
