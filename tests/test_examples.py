@@ -30,7 +30,16 @@ def prototype_explanation(output: str, folder: Path) -> None:
     assert (folder / "out/prototype_explanation.png").stat().st_size > 10_000
 
 
-CLAIMS = {check.__name__: check for check in (grassmann_head, prototype_explanation)}
+def class_token_attention(output: str, folder: Path) -> None:
+    """Crops of unseen parts are told apart, and the key sums are the class token's row."""
+    assert percent(output, "test accuracy") > 70
+    differences = re.findall(r"class token's attention ([\d.e-]+)$", output, re.M)
+    assert len(differences) == 2 and max(map(float, differences)) < 1e-6
+    assert (folder / "out/class_token_attention.png").stat().st_size > 50_000
+
+
+CHECKS = (class_token_attention, grassmann_head, prototype_explanation)
+CLAIMS = {check.__name__: check for check in CHECKS}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the sizes are for real machines")

@@ -73,13 +73,19 @@ class DistanceBias(Bias):
             raise ValueError(f"extra must be >= 0, got {self.extra}")
 
     def to_dense(self) -> Tensor:
-        axes = [torch.arange(n, device=self.weight.device) for n in self.shape]
-        places = torch.cartesian_prod(*axes).reshape(-1, len(axes))
-        squared = (places[:, None] - places).square().sum(-1).to(self.weight.dtype)
-        rate = -0.5 / self.sigma.square()
-        bias = torch.zeros_like(squared).expand(self.weight.shape[0], *squared.shape)
-        for m in range(self.weight.shape[1]):  # one matrix at a time
-            bias = bias + self.weight[:, m, None, None] * (rate[:, m, None, None] * squared).exp()
+        # Of each difference of places once; the table of them is read by all pairs.
+        device, reach = self.weight.device, [2 * n - 1 for n in self.shape]
+        differences = [torch.arange(1 - n, n, device=device) for n in self.shape]
+        squared = torch.cartesian_prod(*differences).reshape(-1, len(reach)).square().sum(1)
+        exponent = squared[:, None, None] * (-0.5 / self.sigma.square())
+        table = (self.weight * exponent.to(self.weight.dtype).exp()).sum(2)
+        places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in self.shape))
+        places = places.reshape(-1, len(reach))
+        index = torch.zeros(1, dtype=torch.int64, device=device)
+        for axis, n in enumerate(reach):
+            own = places[:, axis]
+            index = n * index + own[:, None] - own + n // 2
+        bias = relative_bias(table, index)
         return torch.nn.functional.pad(bias, (self.extra, 0, self.extra, 0))
 
 
