@@ -191,9 +191,9 @@ def test_dropout():
         assert torch.equal(model(**x).last_hidden_state, first)
 
 
-@pytest.mark.parametrize("name", ["Bert", "Llama", "Mistral"])
+@pytest.mark.parametrize("name", ["Bert", "Mistral"])
 def test_compiled(name):
-    model = build(name, **(TEXT if name == "Bert" else GQA))
+    model = build(name, **{**(TEXT if name == "Bert" else GQA), "num_hidden_layers": 1})
     model.set_attn_implementation("weft")
     x = {"input_ids": TOKENS, "attention_mask": PADDED_RIGHT}
     expected = model(**x).last_hidden_state
@@ -231,8 +231,6 @@ def test_patched(kind, calls, capsys):
     assert list(model.state_dict()) == names
     with pytest.raises(ValueError, match="known"):
         weft.patch(model)  # what is replaced is not replaced again
-    compiled = torch.compile(model, backend="aot_eager")(**x).last_hidden_state
-    torch.testing.assert_close(compiled, expected["out"].view_as(compiled))
     if kind != "CvtSelfAttention":
         original = PATCHED[kind]()
         for each in (model, original):
@@ -242,17 +240,24 @@ def test_patched(kind, calls, capsys):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_patched_and_compiled():
+    model = weft.patch(build("Swinv2", **{**WINDOWS, "depths": [2], "num_heads": [2]}))
+    x = images()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(**x).last_hidden_state, model(**x).last_hidden_state)
+
+
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_patched_mask2former(pre_norm, capsys):
     torch.manual_seed(0)
     config = transformers.Mask2FormerConfig(
         backbone_config=transformers.SwinConfig(
             embed_dim=8,
-            depths=[1, 2, 1, 1],
+            depths=[1, 1, 1, 1],
             num_heads=[2, 2, 2, 2],
             window_size=2,
-            image_size=64,
-            patch_size=4,
+            image_size=32,
+            patch_size=2,
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
         feature_size=32,
@@ -271,7 +276,7 @@ def test_patched_mask2former(pre_norm, capsys):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
     def outcome_of(m):
         m.zero_grad()
@@ -285,7 +290,7 @@ def test_patched_mask2former(pre_norm, capsys):
     expected = outcome_of(original)
     weft.patch(model)
     said = capsys.readouterr().out
-    for part in ("3 MultiheadAttention", "3 Mask2FormerAttention", "5 SwinAttention"):
+    for part in ("3 MultiheadAttention", "3 Mask2FormerAttention", "4 SwinAttention"):
         assert part in said
     assert_same(outcome_of(model), expected)
     assert list(model.state_dict()) == list(original.state_dict())
