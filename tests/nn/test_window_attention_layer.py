@@ -92,6 +92,15 @@ def test_a_shifted_window_does_not_join_the_ends():
     assert moved.tolist() == [True] * 2 + [False] * 6
 
 
+def test_compiles_for_maps_of_any_size():
+    torch._dynamo.reset()
+    layer = WindowAttention(DIM, HEADS, 4, 2)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((6, 7), (9, 10)):
+        x = randn(2, *size, DIM)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_refuses():
     for match, make in [
         ("dim must be", lambda: WindowAttention(8, 3)),

@@ -29,18 +29,27 @@ def relative_coordinates(
     offsets u that run from -8 to 8 over the map of pretraining, and ``(N, P)`` int64: which of
     them belongs to a query and a key.
     """
-    axes = []
-    for n, pooled, pretrained in zip(size, key_size, pretrain_size, strict=True):
-        places = torch.arange(n, dtype=torch.float64, device=device)
-        centers = F.adaptive_avg_pool1d(places[None], pooled)[0]
-        axes.append((places[:, None] - centers) / max(pretrained - 1, 1) * 8)
-    shape = (size[0], size[1], key_size[0], key_size[1])
-    rows = axes[0][:, None, :, None].expand(shape)
-    columns = axes[1][None, :, None, :].expand(shape)
-    pairs = torch.stack([rows, columns], -1).reshape(-1, 2)
-    distinct, index = pairs.unique(dim=0, return_inverse=True)
-    coordinates = distinct.sign() * (1 + distinct.abs()).log2() / 3
-    return coordinates, index.view(size[0] * size[1], -1)
+    (rows, row), (columns, column) = (
+        _axis_coordinates(*sizes, device)
+        for sizes in zip(size, key_size, pretrain_size, strict=True)
+    )
+    coordinates = torch.cartesian_prod(rows, columns)
+    index = row[:, None, :, None] * len(columns) + column[None, :, None, :]
+    return coordinates, index.reshape(size[0] * size[1], -1)
+
+
+def _axis_coordinates(size: int, cells: int, pretrained: int, device) -> tuple[Tensor, Tensor]:
+    """Of one axis: the coordinates ``(offsets,)`` and their index ``(size, cells)``. A cell lies at
+    the mean of its places, so that twice an offset is an integer."""
+    starts = [cell * size // cells for cell in range(cells)]
+    ends = [-(-(cell + 1) * size // cells) for cell in range(cells)]
+    centers = [start + end - 1 for start, end in zip(starts, ends, strict=True)]
+    doubled = [[2 * place - center for center in centers] for place in range(size)]
+    distinct = sorted({offset for row in doubled for offset in row})
+    order = {offset: n for n, offset in enumerate(distinct)}
+    index = torch.tensor([[order[offset] for offset in row] for row in doubled], device=device)
+    u = torch.tensor(distinct, dtype=torch.float64, device=device) * 4 / max(pretrained - 1, 1)
+    return u.sign() * (1 + u.abs()).log2() / 3, index
 
 
 class _CosineAttention(nn.Module):

@@ -17,15 +17,15 @@ from weft.ops.attention.window import window_attention
 
 def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
     """``(B, H, W, C)`` -> ``(B nW, window, C)``, the windows of an image row by row."""
-    (h, w), C = window, x.shape[-1]
-    x = x.unflatten(2, (-1, w)).unflatten(1, (-1, h))
-    return x.transpose(2, 3).reshape(-1, h * w, C)
+    (B, H, W, C), (h, w) = x.shape, window
+    x = x.reshape(B, H // h, h, W // w, w, C)
+    return x.transpose(2, 3).reshape(B * (H // h) * (W // w), h * w, C)
 
 
 def merge(windows: Tensor, window: tuple[int, int], height: int, width: int) -> Tensor:
     """The inverse of :func:`partition`."""
     (h, w), C = window, windows.shape[-1]
-    x = windows.view(-1, height // h, width // w, h, w, C)
+    x = windows.reshape(-1, height // h, width // w, h, w, C)
     return x.transpose(2, 3).reshape(-1, height, width, C)
 
 
@@ -113,7 +113,8 @@ class WindowAttention(nn.Module):
         check_grid("x", x, self.dim)
         H, W = x.shape[1:3]
         h, w = self.window
-        height, width = H + -H % h, W + -W % w
+        # whole windows, counted: a compiler of any size then sees that h and w divide the map
+        height, width = (H + h - 1) // h * h, (W + w - 1) // w * w
         x = F.pad(x, (0, 0, 0, width - W, 0, height - H))
         shift = (self.shift[0] if height > h else 0, self.shift[1] if width > w else 0)
         regions = None
