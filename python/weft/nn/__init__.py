@@ -41,8 +41,13 @@ from weft.nn.attention import (
     hopfield_retrieve,
     masks_from_logits,
     memory_read,
+    nested_attention,
     prune_tokens,
+    redistributed_attention,
     reversed_attention,
+    shared_subject_attention,
+    sink_tokens,
+    style_injection_attention,
 )
 from weft.nn.case_prototypes import CaseBasedLoss, PrototypeLayer
 from weft.nn.class_statistics import ClassStatistics
@@ -183,13 +188,18 @@ __all__ = [
     "logit_normalized_cross_entropy",
     "masks_from_logits",
     "memory_read",
+    "nested_attention",
     "orthogonal_linear",
     "probability_margin_loss",
     "prompt_differences",
     "prune_tokens",
+    "redistributed_attention",
     "remove_directions",
     "reversed_attention",
     "sample_class_features",
+    "shared_subject_attention",
+    "sink_tokens",
     "slow_learner_groups",
+    "style_injection_attention",
     "translate_features",
 ]

@@ -26,6 +26,13 @@ from weft.nn.attention.multihead import MultiheadAttention
 from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
 from weft.nn.attention.polarized import PolarizedSelfAttention
 from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
+from weft.nn.attention.rewired import (
+    nested_attention,
+    redistributed_attention,
+    shared_subject_attention,
+    sink_tokens,
+    style_injection_attention,
+)
 from weft.nn.attention.sparsifiner import ConnectivityPredictor, SparsifinerAttention
 from weft.nn.attention.tnt import TNTBlock
 from weft.nn.attention.token_reorganization import (
@@ -80,6 +87,11 @@ __all__ = [
     "hopfield_retrieve",
     "masks_from_logits",
     "memory_read",
+    "nested_attention",
     "prune_tokens",
+    "redistributed_attention",
     "reversed_attention",
+    "shared_subject_attention",
+    "sink_tokens",
+    "style_injection_attention",
 ]

@@ -203,7 +203,8 @@ class InvertedForecaster(nn.Module):
         if self.normalize:
             mean = series.mean(1, keepdim=True).detach()
             series = series - mean
-            deviation = (series.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+            centered = series - series.mean(1, keepdim=True)
+            deviation = (centered.square().mean(1, keepdim=True) + 1e-5).sqrt()
             series = series / deviation
         if covariates is not None:
             self._check("covariates", covariates)
