@@ -99,6 +99,22 @@ def test_patched(name, dtype, capsys):
         torch.testing.assert_close(actual[key], value, rtol=0, atol=rounding * scale)
 
 
+@pytest.mark.parametrize("name", ["vit", "beit", "swin", "swin v2"])
+def test_autocast(name):
+    """bfloat16 products move both models from the exact result, ours no further than twice."""
+    model = build(name, torch.float32)
+    x = torch.randn(2, 3, 32, 32)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(x)
+        ours = weft.patch(model)(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    error = [(out - exact).abs().max() for out in (ours, theirs)]
+    assert error[0] <= 2 * error[1]
+    ours.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("name", ["eva", "swin"])
 def test_compiled(name):
     model = weft.patch(build(name))

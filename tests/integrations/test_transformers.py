@@ -1,6 +1,7 @@
 """Models of transformers with ``attn_implementation="weft"``, and patched, against their own."""
 
 import copy
+import importlib
 import re
 
 import pytest
@@ -214,6 +215,7 @@ def cvt():
 
 PATCHED = {
     "CvtSelfAttention": cvt,
+    "DonutSwinSelfAttention": lambda: build("DonutSwin", **WINDOWS),
     "SwinAttention": lambda: build("Swin", **WINDOWS),
     "Swinv2SelfAttention": lambda: build("Swinv2", **WINDOWS),
 }
@@ -238,6 +240,28 @@ def test_patched(kind, calls, capsys):
         both = [m(**x, output_attentions=True).attentions for m in (model, original)]
         for ours, theirs in zip(*both, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ClapAudioSelfAttention", "MaskFormerSwinSelfAttention"])
+def test_patched_copies_of_swin(name, capsys):
+    """Inside models that take more than an image; by themselves here."""
+    package = {"C": "clap.modeling_clap", "M": "maskformer.modeling_maskformer_swin"}[name[0]]
+    module = importlib.import_module(f"transformers.models.{package}")
+    config = transformers.ClapAudioConfig(qkv_bias=True, attention_probs_dropout_prob=0.0)
+    theirs = getattr(module, name)(config, 16, 2, 3).double()
+    torch.nn.init.normal_(theirs.relative_position_bias_table)
+    ours = weft.patch(copy.deepcopy(theirs))
+    assert f"1 {name}" in capsys.readouterr().out
+    x = torch.randn(8, 9, 16, dtype=torch.float64)
+    labels = torch.randint(3, (4, 9))
+    mask = -100.0 * (labels[:, :, None] != labels[:, None]).double()
+    for shift in (None, mask):
+        results = []
+        for attention in (ours, theirs):
+            (out,) = attention(x, shift)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), attention.parameters())])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_patched_and_compiled():

@@ -86,6 +86,6 @@ def cosine_window_attention(
 
 
 def region_ids(shift_mask: Tensor) -> Tensor:
-    """(nW, N) labels of a shift mask (nW, N, N), 0 where a pair attends: the first position that
-    each position attends to, which the positions of a region have in common."""
-    return (shift_mask == 0).to(torch.uint8).argmax(-1)
+    """(nW, N) labels of a shift mask (nW, N, N), 0 where a pair attends and less elsewhere: the
+    first position that each position attends to, which those of a region have in common."""
+    return shift_mask.max(-1).indices

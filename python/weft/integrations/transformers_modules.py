@@ -5,11 +5,14 @@ their parents do."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.clap.modeling_clap import ClapAudioSelfAttention
 from transformers.models.cvt.modeling_cvt import CvtSelfAttention
+from transformers.models.donut.modeling_donut_swin import DonutSwinSelfAttention
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerAttention,
     Mask2FormerMaskedAttentionDecoderLayer,
 )
+from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinSelfAttention
 from transformers.models.swin.modeling_swin import SwinAttention
 from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
 
@@ -55,6 +58,35 @@ class WeftSwinAttention(SwinAttention):
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+class _SwinSelfAttention:
+    """The forward of the models that hold copies of Swin as it was before the interface."""
+
+    def forward(self, hidden_states, attention_mask=None, output_attentions=False):
+        if output_attentions:
+            return super().forward(hidden_states, attention_mask, output_attentions)
+        projections = (self.query, self.key, self.value)
+        out = table_window_attention(
+            *(_heads(project(hidden_states), self.num_attention_heads) for project in projections),
+            self.relative_position_bias_table,
+            self.relative_position_index,
+            attention_mask,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return (out.transpose(1, 2).flatten(2),)
+
+
+class WeftClapAudioSelfAttention(_SwinSelfAttention, ClapAudioSelfAttention):
+    pass
+
+
+class WeftDonutSwinSelfAttention(_SwinSelfAttention, DonutSwinSelfAttention):
+    pass
+
+
+class WeftMaskFormerSwinSelfAttention(_SwinSelfAttention, MaskFormerSwinSelfAttention):
+    pass
 
 
 class WeftSwinv2SelfAttention(Swinv2SelfAttention):
@@ -165,9 +197,12 @@ class WeftMask2FormerLayer(Mask2FormerMaskedAttentionDecoderLayer):
 
 
 REPLACEMENTS = {
+    ClapAudioSelfAttention: WeftClapAudioSelfAttention,
     CvtSelfAttention: WeftCvtSelfAttention,
+    DonutSwinSelfAttention: WeftDonutSwinSelfAttention,
     Mask2FormerAttention: WeftMask2FormerAttention,
     Mask2FormerMaskedAttentionDecoderLayer: WeftMask2FormerLayer,
+    MaskFormerSwinSelfAttention: WeftMaskFormerSwinSelfAttention,
     SwinAttention: WeftSwinAttention,
     Swinv2SelfAttention: WeftSwinv2SelfAttention,
 }
