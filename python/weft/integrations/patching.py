@@ -1,6 +1,5 @@
 """``weft.patch``: a model's attention modules become subclasses of themselves that run on weft."""
 
-import sys
 from collections import Counter
 from importlib import import_module
 
@@ -28,9 +27,9 @@ def patch(model: nn.Module) -> nn.Module:
         ValueError: nothing in the model is known.
     """
     known = {nn.MultiheadAttention: MultiheadAttention}
-    for package in ("timm", "transformers"):
-        if package in sys.modules:  # a model of a package that is not imported cannot be here
-            known |= import_module(f"weft.integrations.{package}_modules").REPLACEMENTS
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    for package in {"timm", "transformers"} & packages:
+        known |= import_module(f"weft.integrations.{package}_modules").REPLACEMENTS
     counted = Counter()
     for module in model.modules():
         if (replacement := known.get(type(module))) is not None:
