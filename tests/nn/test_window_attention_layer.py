@@ -48,8 +48,7 @@ def test_is_timms_block(size, window, shift):
     assert_same(layer(x), block._attn(x), [x, *layer.parameters()], theirs)
 
 
-@pytest.mark.parametrize("qkv_bias", [True, False])
-@pytest.mark.parametrize("shift", [0, 1, (0, 2), 2])
+@pytest.mark.parametrize("shift, qkv_bias", [(0, True), (1, False), ((0, 2), True), (2, False)])
 @pytest.mark.parametrize("size", [(6, 9), (5, 12), (3, 7), (8, 8)])
 def test_is_torchvisions_function(size, shift, qkv_bias):
     import_timm()  # torchvision comes with it
@@ -95,7 +94,7 @@ def test_a_shifted_window_does_not_join_the_ends():
 def test_compiles_for_maps_of_any_size():
     torch._dynamo.reset()
     layer = WindowAttention(DIM, HEADS, 4, 2)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
     for size in ((6, 7), (9, 10)):
         x = randn(2, *size, DIM)
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
