@@ -7,6 +7,8 @@ import torch
 
 from weft.nn import (
     AggregatedAttention,
+    ChannelPatchEmbedding,
+    ChannelSpatialAttention,
     ClassCrossAttention,
     ConvProjectionAttention,
     CRATEBlock,
@@ -21,6 +23,7 @@ from weft.nn import (
     InteractingLayer,
     InvertedBlock,
     InvertedForecaster,
+    LayerAttention,
     LengthScaledCosineAttention,
     LocalFrameAttention,
     MaskedCrossAttention,
@@ -64,6 +67,9 @@ LAYERS = {
     "interacting": (lambda: InteractingLayer(6, 8, 2), [(5, 6)]),
     "inverted": (lambda: InvertedBlock(8, 2), [(5, 8)]),
     "forecaster": (lambda: InvertedForecaster(7, 3, 8, 1, 2), [(7, 5)]),
+    "channel tokens": (lambda: ChannelPatchEmbedding(4, 2, 3, 6), [(3, 4, 4)]),
+    "layers": (lambda: layer_attention(), [(3, 2, 3, 4)]),
+    "channels and places": (lambda: channels_and_places(), [(3, 4, 5)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 
@@ -97,6 +103,18 @@ def inside(layer, count):
         return query, memory, seen.expand(query.shape[0], 3, 20)
 
     return Together(layer, masked)
+
+
+def layer_attention():
+    layer = LayerAttention()
+    torch.nn.init.normal_(layer.gamma)
+    return layer
+
+
+def channels_and_places():
+    layer = ChannelSpatialAttention(3)
+    torch.nn.init.normal_(layer.gamma)
+    return layer
 
 
 def gaussian_mask():

@@ -5,7 +5,7 @@ import torch
 from peers import import_timm
 from torch.nn import functional as F
 
-from weft.nn import ClassAttention, EViTBlock, TokenPruning, prune_tokens
+from weft.nn import ClassAttention, EViTBlock, TokenPruning, pack_tokens, prune_tokens
 from weft.ops.cases import randn
 
 B, N, C, H = 2, 9, 12, 3
@@ -92,6 +92,30 @@ def test_two_leading_tokens_stay():
     assert torch.equal(out[:, :2], x[:, :2])
     assert torch.equal(out[0, 2:], x[0, 2 + kept[0]])
     assert TokenPruning(40, leading=0)(x, x[..., 0])[0].shape == x.shape
+
+
+def test_packed_samples_are_each_on_its_own():
+    torch.manual_seed(0)
+    layer = ClassAttention(C, H, dtype=torch.float64)
+    x = randn(3, 1 + N, C, dtype=torch.float64).requires_grad_()
+    keep = randn(3, 1 + N, seed=1) > 0.2
+    keep[:, 0] = True
+    keep[2, 1:] = False
+    packed = pack_tokens(x, keep)
+    assert packed.max_length == keep.sum(1).max() and len(packed.split()[2]) == 1
+    out, attentiveness = layer.packed(packed)
+    alone = [layer(sample[kept][None]) for sample, kept in zip(x, keep, strict=True)]
+    torch.testing.assert_close(out.tokens, torch.cat([y[0] for y, _ in alone]))
+    for own, (_, paid) in zip(packed.with_tokens(attentiveness).split(), alone, strict=True):
+        torch.testing.assert_close(own[1:], paid[0])
+        torch.testing.assert_close(own.sum(), torch.ones(()).double())
+    (ours,) = torch.autograd.grad(out.tokens.square().sum(), x)
+    (truth,) = torch.autograd.grad(sum(y.square().sum() for y, _ in alone), x)
+    torch.testing.assert_close(ours, truth)
+    with pytest.raises(TypeError, match="keep"):
+        pack_tokens(x, keep.long())
+    with pytest.raises(ValueError, match="keep"):
+        pack_tokens(x, keep[:, 1:])
 
 
 def test_half_precision():

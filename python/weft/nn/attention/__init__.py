@@ -1,6 +1,7 @@
 """Attention layers."""
 
 from weft.nn.attention.aggregated import AggregatedAttention, LengthScaledCosineAttention
+from weft.nn.attention.channel_tokens import ChannelPatchEmbedding, sample_channels
 from weft.nn.attention.conv_projection import ConvProjectionAttention
 from weft.nn.attention.cross_scale import (
     ClassCrossAttention,
@@ -9,6 +10,7 @@ from weft.nn.attention.cross_scale import (
 )
 from weft.nn.attention.feature_space import FeatureSpaceAttention, balanced_clusters
 from weft.nn.attention.gaussian_mask import GaussianMaskAttention, GaussianMixtureMask
+from weft.nn.attention.holistic import ChannelSpatialAttention, LayerAttention
 from weft.nn.attention.hopfield import (
     Hopfield,
     HopfieldLayer,
@@ -24,6 +26,7 @@ from weft.nn.attention.masked_cross import (
 from weft.nn.attention.memory_read import memory_read
 from weft.nn.attention.multihead import MultiheadAttention
 from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
+from weft.nn.attention.packed_tokens import PackedTokens, pack_tokens
 from weft.nn.attention.polarized import PolarizedSelfAttention
 from weft.nn.attention.reversed import DependencyBlock, ReversedAttention, reversed_attention
 from weft.nn.attention.rewired import (
@@ -50,6 +53,8 @@ __all__ = [
     "AggregatedAttention",
     "CRATEBlock",
     "CRATEDecoderBlock",
+    "ChannelPatchEmbedding",
+    "ChannelSpatialAttention",
     "ClassAttention",
     "ClassCrossAttention",
     "ClassCrossAttentionBlock",
@@ -67,11 +72,13 @@ __all__ = [
     "InteractingLayer",
     "InvertedBlock",
     "InvertedForecaster",
+    "LayerAttention",
     "LengthScaledCosineAttention",
     "LocalFrameAttention",
     "MaskedCrossAttention",
     "MultiheadAttention",
     "NeighborhoodAttention",
+    "PackedTokens",
     "PolarizedSelfAttention",
     "PromptCAM",
     "PrototypeCrossAttention",
@@ -88,9 +95,11 @@ __all__ = [
     "masks_from_logits",
     "memory_read",
     "nested_attention",
+    "pack_tokens",
     "prune_tokens",
     "redistributed_attention",
     "reversed_attention",
+    "sample_channels",
     "shared_subject_attention",
     "sink_tokens",
     "style_injection_attention",

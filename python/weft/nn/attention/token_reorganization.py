@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from weft.nn.attention.heads import check_heads, check_tokens, merge_heads, split_heads
+from weft.nn.attention.packed_tokens import PackedTokens
 from weft.nn.checks import check_features
 from weft.ops.attention.attention import attention
+from weft.ops.attention.varlen import attention_varlen
 
 
 def prune_tokens(
@@ -129,7 +131,8 @@ class ClassAttention(nn.Module):
         qkv, proj: the linear layers, named as in timm's vision transformer.
 
     Shapes: x ``(B, 1 + N, C)``, the class token first; the result is ``(B, 1 + N, C)`` and the
-    attentiveness ``(B, N)``, in float32 or wider, with gradient.
+    attentiveness ``(B, N)``, in float32 or wider, with gradient. :meth:`packed` takes samples that
+    keep different numbers of tokens, see :func:`weft.nn.pack_tokens`.
 
     Raises:
         ValueError: sizes, tokens of another shape.
@@ -156,6 +159,19 @@ class ClassAttention(nn.Module):
         first[..., :1] = 1
         out, paid = attention(query, key, value, return_key_sums=True, query_weight=first)
         return self.proj(merge_heads(out)), paid.mean(1)[:, 1:]
+
+    def packed(self, x: PackedTokens) -> tuple[PackedTokens, Tensor]:
+        """The same for samples of different lengths, the class token first in each. The
+        attentiveness is ``(T,)``, of every token, that of the class token to itself included."""
+        check_features("x.tokens", x.tokens, self.dim)
+        parts = self.qkv(x.tokens).chunk(3, -1)
+        heads = (t.unflatten(-1, (self.num_heads, -1)) for t in parts)
+        first = torch.zeros(1, len(x.tokens), dtype=parts[0].dtype, device=x.tokens.device)
+        lengths = x.offsets.diff()
+        first[0, x.offsets[:-1][lengths > 0]] = 1
+        sizes = (x.offsets, x.offsets, x.max_length, x.max_length)
+        out, paid = attention_varlen(*heads, *sizes, return_key_sums=True, query_weight=first)
+        return x.with_tokens(self.proj(out.flatten(1))), paid.mean(0)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}"
