@@ -178,6 +178,15 @@ def test_softcap_sinks_and_position_bias():
         assert_same(outcome(model, input_ids=TOKENS), expected, atol=1e-4)
 
 
+def test_gradient_checkpoints():
+    model = build("Mistral", **{**GQA, "sliding_window": 4}, attention_dropout=0.0)
+    model.set_attn_implementation("weft")
+    x = {"input_ids": TOKENS, "attention_mask": PADDED_LEFT, "use_cache": False}
+    expected = outcome(model.train(), **x)
+    model.gradient_checkpointing_enable()
+    assert_same(outcome(model, **x), expected)
+
+
 def test_dropout():
     model = build("ViT", **SMALL, **IMAGES, attention_probs_dropout_prob=0.5)
     model.set_attn_implementation("weft")

@@ -9,6 +9,7 @@ from torch import nn
 import weft
 from weft.masks import Causal, Window
 from weft.nn import MultiheadAttention
+from weft.nn.attention import multihead
 from weft.ops.cases import randn
 
 N, L, S, E, H = 3, 5, 7, 12, 2
@@ -244,15 +245,17 @@ def test_in_a_transformer_encoder_layer(norm_first, training, monkeypatch):
     hidden = torch.arange(S) >= torch.tensor([[S], [4], [2]])
     triangle = torch.ones(S, S, dtype=torch.bool).triu(1)
     calls = []
-    forward = MultiheadAttention.forward
+    attention = multihead.attention
     monkeypatch.setattr(
-        MultiheadAttention, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k)
+        multihead, "attention", lambda *a, **k: calls.append(k) or attention(*a, **k)
     )
     for masks in ({}, {"src_key_padding_mask": hidden}, {"src_mask": triangle, "is_causal": True}):
         with torch.no_grad():  # where torch's own would take the fused layer
             seen = ~masks.get("src_key_padding_mask", torch.zeros(N, S, dtype=torch.bool))
             torch.testing.assert_close(ours(x, **masks)[seen], layer(x, **masks)[seen])
-    assert len(calls) == 3
+    # the layer makes floats of bool masks: they are masks again
+    assert [call["mask"] is None for call in calls] == [True, False, False]
+    assert all(call["bias"] is None for call in calls)
 
 
 def test_patched_encoder():

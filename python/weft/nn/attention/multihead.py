@@ -199,10 +199,20 @@ def _mask_and_bias(
 def _sort(name: str, mask: Tensor, masks: list[Mask], added: list[Tensor]) -> None:
     if mask.dtype == torch.bool:
         masks.append(Dense(~mask))
+    elif mask.is_floating_point() and _hides_alone(mask):
+        masks.append(Dense(mask == 0))
     elif mask.is_floating_point():
         added.append(mask)
     else:
         raise TypeError(f"{name} must be bool or floating-point, got {mask.dtype}")
+
+
+def _hides_alone(floats: Tensor) -> bool:
+    """0 and -inf alone: torch.nn.TransformerEncoderLayer makes such floats of every bool mask. Not
+    asked on a GPU, where the answer would have to be waited for."""
+    if floats.requires_grad or floats.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(((floats == 0) | (floats == -torch.inf)).all())
 
 
 def _with_a_key_in_front(

@@ -215,10 +215,10 @@ def _save(ctx, args: tuple, *more: Tensor | None) -> None:
 def _saved(ctx) -> tuple[tuple, tuple]:
     """(the arguments of the schema, what was saved after them)."""
     program, ints, numbers = ctx.numbers
-    rest = ctx.saved_tensors[8:]
-    matrices = ctx.matrices
+    saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
+    rest, matrices = saved[8:], ctx.matrices
     tensors = list(rest[:matrices])
-    return (*ctx.saved_tensors[:8], program, ints, tensors, *numbers), rest[matrices:]
+    return (*saved[:8], program, ints, tensors, *numbers), rest[matrices:]
 
 
 def _no_gradients(args: tuple, more: int) -> list:
