@@ -10,6 +10,7 @@ from weft.nn import (
     ChannelPatchEmbedding,
     ChannelSpatialAttention,
     ClassCrossAttention,
+    CompositionBridge,
     ConvProjectionAttention,
     CRATEBlock,
     CRATEDecoderBlock,
@@ -27,6 +28,7 @@ from weft.nn import (
     LengthScaledCosineAttention,
     LocalFrameAttention,
     MaskedCrossAttention,
+    MultiwayBlock,
     NeighborhoodAttention,
     PolarizedSelfAttention,
     PrototypeCrossAttention,
@@ -70,6 +72,8 @@ LAYERS = {
     "channel tokens": (lambda: ChannelPatchEmbedding(4, 2, 3, 6), [(3, 4, 4)]),
     "layers": (lambda: layer_attention(), [(3, 2, 3, 4)]),
     "channels and places": (lambda: channels_and_places(), [(3, 4, 5)]),
+    "multiway": (lambda: MultiwayBlock(8, 2), [(3, 8), (4, 8)]),
+    "bridge": (lambda: CompositionBridge(8, 6, 2), [(3, 8), (4, 6)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 

@@ -25,6 +25,7 @@ from weft.nn.attention.masked_cross import (
 )
 from weft.nn.attention.memory_read import memory_read
 from weft.nn.attention.multihead import MultiheadAttention
+from weft.nn.attention.multimodal import CompositionBridge, MultiwayBlock, alignment_mask
 from weft.nn.attention.neighborhood import LocalFrameAttention, NeighborhoodAttention
 from weft.nn.attention.packed_tokens import PackedTokens, pack_tokens
 from weft.nn.attention.polarized import PolarizedSelfAttention
@@ -58,6 +59,7 @@ __all__ = [
     "ClassAttention",
     "ClassCrossAttention",
     "ClassCrossAttentionBlock",
+    "CompositionBridge",
     "ConnectivityPredictor",
     "ConvProjectionAttention",
     "CrossScaleFusion",
@@ -77,6 +79,7 @@ __all__ = [
     "LocalFrameAttention",
     "MaskedCrossAttention",
     "MultiheadAttention",
+    "MultiwayBlock",
     "NeighborhoodAttention",
     "PackedTokens",
     "PolarizedSelfAttention",
@@ -89,6 +92,7 @@ __all__ = [
     "TokenPruning",
     "VisualQueryTuning",
     "WindowAttention",
+    "alignment_mask",
     "balanced_clusters",
     "hopfield_energy",
     "hopfield_retrieve",
