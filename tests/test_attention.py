@@ -233,3 +233,19 @@ def test_one_graph_serves_many_shapes():
         q, k, v = tokens(2, 2, n, n + 2, 4)(torch.float32, "cpu")
         compiled(q, k, v, n // 2, torch.tensor([n, n // 2]))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("kind", ["mask", "bias", "key_weight"])
+def test_sizes_known_to_a_compiler_meet_sizes_that_are_not(kind):
+    """An operand of constant sizes beside tokens of symbolic ones."""
+    torch._dynamo.reset()
+    q, k, v = tokens(3, 2, 5, 7, 4)(torch.float32, "cpu")
+
+    def run(q, k, v):
+        shape = (3, 2, 7) if kind == "key_weight" else (1, 1, 5, 7)
+        operand = torch.arange(7).expand(shape).contiguous()
+        operand = operand < 4 if kind == "mask" else operand / 7
+        return weft.attention(q, k, v, **{kind: operand})
+
+    compiled = torch.compile(run, backend="eager", dynamic=True, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), run(q, k, v))

@@ -215,7 +215,7 @@ class Segments(Mask):
     def check(self, B, H, Nq, Nk, device) -> None:
         for name, ids, n in zip(("query_ids", "key_ids"), self._ids(), (Nq, Nk), strict=True):
             batches, heads, count = ids.shape
-            if count != n or (B and B % max(batches, 1)) or heads not in (1, H):
+            if count != n or (B and B % max(batches, 1)) or (heads != 1 and heads != H):
                 raise ValueError(
                     f"mask: {name} must be ({n},), (B, {n}) or (B, {H}, {n}) with B a divisor of "
                     f"{B}, got {tuple(ids.shape)}"
@@ -334,7 +334,7 @@ class Dense(Mask):
 
     def check(self, B, H, Nq, Nk, device) -> None:
         shape = (1,) * (4 - self.tensor.dim()) + tuple(self.tensor.shape)
-        if any(n not in (1, m) for n, m in zip(shape, (B, H, Nq, Nk), strict=True)):
+        if any(n != 1 and n != m for n, m in zip(shape, (B, H, Nq, Nk), strict=True)):
             raise ValueError(
                 f"mask must broadcast to {(B, H, Nq, Nk)}, got {tuple(self.tensor.shape)}"
             )

@@ -135,7 +135,7 @@ def _widened(bias: LowRankBias, query: Tensor, key: Tensor, scale: float) -> tup
     parts = []
     for name, t, factor, x in (("u", query, 1 / scale, bias.u), ("v", key, 1.0, bias.v)):
         check_beside(f"bias.{name}", x, query)
-        if any(n not in (1, m) for n, m in zip(x.shape[:3], t.shape[:3], strict=True)):
+        if any(n != 1 and n != m for n, m in zip(x.shape[:3], t.shape[:3], strict=True)):
             raise ValueError(
                 f"bias.{name} must broadcast to {tuple(t.shape[:3])} and its rank, "
                 f"got {tuple(x.shape)}"

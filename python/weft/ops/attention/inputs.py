@@ -75,7 +75,7 @@ def check_bias(bias: Tensor, query: Tensor, shape: tuple[int, int, int, int]) ->
     """A bias that broadcasts to ``shape``, with 4 dimensions, those that are expanded of size 1."""
     check_beside("bias", bias, query)
     full = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if bias.dim() > 4 or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
+    if bias.dim() > 4 or any(n != 1 and n != m for n, m in zip(full, shape, strict=True)):
         raise ValueError(f"bias must broadcast to {shape}, got {tuple(bias.shape)}")
     return bias.reshape(full)
 
@@ -91,7 +91,7 @@ def check_weight(name: str, weight: Tensor, query: Tensor, n: int) -> Tensor:
     """(B, 1 or H, n), of keys or queries."""
     check_beside(name, weight, query)
     B, H = query.shape[:2]
-    if weight.dim() != 3 or weight.shape[0] != B or weight.shape[1] not in (1, H):
+    if weight.dim() != 3 or weight.shape[0] != B or (weight.shape[1] != 1 and weight.shape[1] != H):
         raise ValueError(f"{name} must be ({B}, 1 or {H}, {n}), got {tuple(weight.shape)}")
     if weight.shape[2] != n:
         raise ValueError(f"{name} must be ({B}, 1 or {H}, {n}), got {tuple(weight.shape)}")
