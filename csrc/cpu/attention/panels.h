@@ -78,23 +78,33 @@ struct Panels {
     return std::max(Engine::left_size(rows, width), Engine::left_size(width, rows));
   }
 
-  // A = x, rows of x by its columns. `memory` is not touched where x is read in place.
+  // A = x, rows of x by its columns; `memory` is not touched where x is read in place.
+  static bool in_place(Matrix<T> x) {
+    if constexpr (std::is_same_v<T, Packed>)
+      return x.col_stride == 1 && Engine::reads_in_place(x, 64);
+    return false;
+  }
   static Left keys(Matrix<T> x, Packed* memory) {
-    if constexpr (std::is_same_v<T, Packed>) {
-      if (x.col_stride == 1 && Engine::reads_in_place(x, 64))
-        return {x.data, x.rows, x.cols, x.row_stride, 1};
-    }
+    if constexpr (std::is_same_v<T, Packed>)
+      if (in_place(x)) return {x.data, x.rows, x.cols, x.row_stride, 1};
     Engine::pack_left(x, memory);
-    return {memory, x.rows, x.cols};
+    return packed(memory, x.rows, x.cols);
   }
 
   // A = xᵀ: row d is column d of x.
+  static bool columns_in_place(Matrix<T> x) {
+    return std::is_same_v<Engine, VectorProduct<T>> && x.col_stride == 1;
+  }
   static Left columns_of(Matrix<T> x, Packed* memory) {
-    if constexpr (std::is_same_v<Engine, VectorProduct<T>>) {
-      if (x.col_stride == 1) return {x.data, x.cols, x.rows, 1, x.row_stride};
-    }
+    if constexpr (std::is_same_v<Engine, VectorProduct<T>>)
+      if (columns_in_place(x)) return {x.data, x.cols, x.rows, 1, x.row_stride};
     Engine::pack_left(x.transposed(), memory);
-    return {memory, x.cols, x.rows};
+    return packed(memory, x.cols, x.rows);
+  }
+
+  // What either of them packed before.
+  static Left packed(const Packed* memory, int64_t rows, int64_t depth) {
+    return {memory, rows, depth};
   }
 
   // A row-major array that store_left wrote, in place: (rows, depth), rows ld elements apart. ld is
@@ -122,6 +132,10 @@ struct Panels {
   // operand. Hold a ProductSession<T> around it.
   static void multiply(const Left& a, const Packed* right, int64_t depth, int n, Sum* c,
                        int64_t ldc, bool accumulate) {
+    if (depth == 0) {
+      for (int64_t i = 0; i < a.rows && !accumulate; ++i) std::fill_n(c + i * ldc, n, Sum(0));
+      return;
+    }
     Prefetch nothing;
     Engine::multiply(a, 0, Engine::panels(a.rows), 0, depth, right,
                      Engine::right_stride(round_up(depth, depth_unit)), n, c, ldc, accumulate,

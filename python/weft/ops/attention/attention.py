@@ -22,7 +22,7 @@ from weft.ops.attention.inputs import (
 )
 from weft.ops.attention.mask_plan import kernel_program
 from weft.ops.checks import autocast
-from weft.ops.registration import Op, reference, register_gradient, triton
+from weft.ops.registration import Op, cpu, reference, register_gradient, triton
 from weft.reference.attention import attention as formula
 from weft.reference.attention.attention import Inputs, Upstream
 
@@ -192,6 +192,7 @@ forward = Op(
     fake=_fake,
     implementations=[
         triton("attention.attention", "attention", _triton_refuses),
+        cpu("attention"),
         reference(_reference),
     ],
 )

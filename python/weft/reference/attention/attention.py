@@ -139,7 +139,8 @@ def dropout(x: Inputs, rows: slice) -> Tensor | None:
     if not x.dropout_p:
         return None
     B, Hq, _, Nk, _ = x.sizes
-    return kept(x.seed, B, Hq, rows, Nk, x.dropout_p) / (1 - x.dropout_p)
+    z = kept(x.seed, B, Hq, rows, Nk, x.dropout_p)
+    return wide(z.to(x.query.dtype)) / (1 - x.dropout_p)
 
 
 def attention(x: Inputs, key_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
