@@ -203,6 +203,7 @@ backward = Op(
     family="attention",
     fake=_fake_backward,
     implementations=[
+        cpu("attention_backward"),
         reference(_reference_backward),
     ],
 )
