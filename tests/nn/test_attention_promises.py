@@ -16,6 +16,7 @@ from weft.nn import (
     CRATEDecoderBlock,
     CrossScaleFusion,
     FeatureSpaceAttention,
+    FITBlock,
     GaussianMaskAttention,
     GaussianMixtureMask,
     Hopfield,
@@ -74,6 +75,7 @@ LAYERS = {
     "channels and places": (lambda: channels_and_places(), [(3, 4, 5)]),
     "multiway": (lambda: MultiwayBlock(8, 2), [(3, 8), (4, 8)]),
     "bridge": (lambda: CompositionBridge(8, 6, 2), [(3, 8), (4, 6)]),
+    "fit": (lambda: FITBlock(8, 6, num_heads=2, latent_heads=2), [(3, 5, 8), (3, 2, 6)]),
 }
 every = pytest.mark.parametrize("name", LAYERS)
 

@@ -18,6 +18,7 @@ from weft.nn.attention.hopfield import (
     hopfield_energy,
     hopfield_retrieve,
 )
+from weft.nn.attention.interleaved import FITBlock
 from weft.nn.attention.masked_cross import (
     MaskedCrossAttention,
     PrototypeCrossAttention,
@@ -65,6 +66,7 @@ __all__ = [
     "CrossScaleFusion",
     "DependencyBlock",
     "EViTBlock",
+    "FITBlock",
     "FeatureSpaceAttention",
     "GaussianMaskAttention",
     "GaussianMixtureMask",
