@@ -63,7 +63,7 @@ LAYERS = {
     "reversed": (lambda: ReversedAttention(8, 2), [(5, 8)]),
     "masked cross": (lambda: inside(MaskedCrossAttention(8, 2), 5), [(3, 8), (20, 8)]),
     "prototype cross": (lambda: inside(PrototypeCrossAttention(8, 2), 1), [(3, 8), (8, 4, 5)]),
-    "sparsifiner": (lambda: SparsifinerAttention(8, 7, 2, keep=1.0), [(7, 8)]),
+    "sparsifiner": (lambda: Sparsifiner(), [(7, 8)]),
     "subspace": (lambda: SubspaceAttention(8, 2), [(5, 8)]),
     "crate": (lambda: CRATEBlock(8, 2), [(5, 8)]),
     "crate decoder": (lambda: CRATEDecoderBlock(8, 2), [(5, 8)]),
@@ -89,6 +89,17 @@ class Together(torch.nn.Module):
 
     def forward(self, *inputs):
         return self.layer(*self.arrange(*inputs))
+
+
+class Sparsifiner(torch.nn.Module):
+    """With what its predictor is trained by; all pairs, where rounding must not choose others."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = SparsifinerAttention(8, 7, 2, keep=1.0)
+
+    def forward(self, x):
+        return self.layer(x), self.layer.approximate(x)
 
 
 def fusion():
