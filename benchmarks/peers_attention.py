@@ -63,15 +63,15 @@ def sdpa_windows() -> Callable:
 
 def flex() -> Callable:
     """FlexAttention, compiled; block masks are built in every call, as shapes and masks differ.
-    On the CPU it has no backward."""
+    On the CPU it has a forward alone."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(query, key, value, *, mask=None, bias=None, scale=None, enable_gqa=False, **rest):
         plain_only(**rest)
-        if query.device.type == "cpu" and any(t.requires_grad for t in (query, key, value)):
-            raise NotImplementedError("FlexAttention has no backward on the CPU")
+        if query.device.type == "cpu":
+            query, key, value = (t.detach() for t in (query, key, value))
         block_mask = None
         if mask is not None:
             allowed = dense_mask(mask, query, key)
@@ -163,7 +163,7 @@ PEERS = [
         lambda: sdpa(SDPBackend.EFFICIENT_ATTENTION),
     ),
     Peer("sdpa cudnn", "attention", "torch", "torch", lambda: sdpa(SDPBackend.CUDNN_ATTENTION)),
-    Peer("flex", "attention", "torch", "torch", flex),
+    Peer("flex", "attention", "torch", "torch", flex, compiles=True),
     Peer("xformers", "attention", "xformers", "xformers", xformers_attention),
     Peer("natten", "attention", "natten", "natten", natten_attention),
     Peer("flash-attn", "attention", "flash_attn", "flash-attn", flash_attention),

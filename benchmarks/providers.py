@@ -25,6 +25,7 @@ class Peer:
     module: str  # what is imported
     distribution: str  # what pip installs
     load: Callable[[], Callable]
+    compiles: bool = False  # with Inductor, for a minute: not where the compiler is left out
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def providers_of(family: str, cases: OpCases, compiled: bool = True) -> list[Pro
     if compiled:
         providers.append(Provider("compile", torch.compile(cases.plain, dynamic=False)))
     for peer in peers_of(family):
-        if peer.op == cases.name:
+        if peer.op == cases.name and (compiled or not peer.compiles):
             providers.append(_provider_of_peer(peer))
     return providers
 

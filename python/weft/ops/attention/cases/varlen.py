@@ -83,16 +83,26 @@ SAMPLES = [
     ),
 ]
 DOCUMENTS = [0, 700, 2748, 3000, 5100, 7100, 9000, 9500, 12000, 14048, 16000, 16384]
-PAIRS = sum((b - a) ** 2 for a, b in zip(DOCUMENTS, DOCUMENTS[1:], strict=False)) / 2
-WORKLOADS = [
-    Workload(
-        "documents, 16k tokens, causal",
-        _packed(DOCUMENTS, DOCUMENTS, 4, 64),
-        4 * 4 * 64 * PAIRS,
-        lambda item: 4 * 16384 * 4 * 64 * item,
+FEW = [0, 100, 164, 500, 700, 1024]
+
+
+def _causal(name: str, offsets: list[int], H: int, D: int, quick: bool) -> Workload:
+    """Each document by itself: half of the pairs of its tokens."""
+    pairs = sum((b - a) ** 2 for a, b in zip(offsets, offsets[1:], strict=False)) / 2
+    return Workload(
+        name,
+        _packed(offsets, offsets, H, D),
+        4 * H * D * pairs,
+        lambda item: 4 * offsets[-1] * H * D * item,
         {"mask": masks.Causal()},
-        backward_flops=10 * 4 * 64 * PAIRS,
-    ),
+        backward_flops=10 * H * D * pairs,
+        quick=quick,
+    )
+
+
+WORKLOADS = [
+    _causal("documents, 1k tokens, causal", FEW, 4, 64, quick=True),
+    _causal("documents, 16k tokens, causal", DOCUMENTS, 4, 64, quick=False),
 ]
 
 
