@@ -9,6 +9,7 @@
 // Key sums: for ranges of keys of a head > tiles of queries: the scores again, and from them and
 // the sums P, added up lane by lane.
 #include "cpu/attention/key_sums.h"
+#include "cpu/attention/query_rows.h"
 
 namespace weft {
 namespace {
@@ -18,6 +19,7 @@ struct ForwardResult {
   T* out;       // (B, Nq, Hq, Dv)
   Acc<T>* lse;  // (B, Hq, Nq)
   // What the key sums read, or null: (B, Hq, 2, Nq), the largest score and 1 / sum of each query.
+  // They compute the scores again, and must find the same ones.
   Acc<T>* state;
 };
 
@@ -30,25 +32,42 @@ class ForwardTile {
   using Packed = typename P::Packed;
   static constexpr int W = P::W;
   static constexpr int64_t columns = P::columns;
+  static constexpr int64_t kSingle = W / 4;  // queries that are cheaper one by one
 
   ForwardTile(const AttentionProblem<T>& problem, const BiasTiles<T>& bias,
               const SharedBias<T>& shared, ForwardResult<T> result)
-      : p_(problem), tile_(problem, bias, shared), result_(result) {
+      : p_(problem),
+        tile_(problem, bias, shared),
+        rows_(problem, bias, !result.state),
+        result_(result) {
     weights_ = weight_memory_.template get<Packed>(kBlockKeys * columns);
     sums_ = sum_memory_.template get<A>(QueryTile<T>::kPanels * columns * (p_.Dv + 1));
   }
 
   void run(int64_t b, int64_t h, int64_t q0, int64_t nq) {
-    tile_.begin(b, h, q0, nq);
-    for (int64_t i = 0; i < tile_.panels(); ++i) softmax_[i].clear();
-    bool started = false;
-    while (tile_.next(p_.Nk)) {
-      for (int64_t i = 0; i < tile_.panels(); ++i)
-        with_vectors<P::vectors>(tile_.lanes(i), W,
-                                 [&](auto V) { add_block<decltype(V)::value>(i, started); });
-      started = true;
+    rows_.begin(b, h, q0);
+    // A few queries beyond whole vectors are cheaper one by one.
+    const int64_t single = rows_.possible() && nq % W <= kSingle ? nq % W : 0;
+    const int64_t together = nq - single;
+    for (auto& panel : softmax_) panel.clear();
+    started_ = false;
+    if (single) add_single(b, h, q0, together, single);
+    if (together) {
+      tile_.begin(b, h, q0, together);
+      while (tile_.next(p_.Nk, [&](const uint64_t* words, int64_t first, int64_t count) {
+        if (!rows_.possible() || !is_sparse(words, together, count)) return false;
+        rows_.add_tile(words, together, first);
+        return true;
+      })) {
+        for (int64_t i = 0; i < tile_.panels(); ++i)
+          with_vectors<P::vectors>(tile_.lanes(i), W,
+                                   [&](auto V) { add_block<decltype(V)::value>(i, started_); });
+        started_ = true;
+      }
     }
-    for (int64_t i = 0; i < tile_.panels(); ++i) finish(i, started);
+    rows_.flush();
+    for (int64_t first = 0; first < nq; first += W)
+      finish(b, h, q0 + first, first, std::min<int64_t>(W, nq - first));
   }
 
  private:
@@ -78,51 +97,94 @@ class ForwardTile {
     }
   }
 
-  // Divides by the sums and writes the rows of a panel.
-  [[gnu::noinline]] void finish(int64_t panel, bool started) {
-    const int64_t n = tile_.lanes(panel), first = tile_.q0 + panel * columns;
-    const SoftmaxPanel<T>& state = softmax_[panel];
-    A* lse = result_.lse + (tile_.b * p_.Hq + tile_.h) * p_.Nq + first;
-    const Lanes zero, none(-std::numeric_limits<A>::infinity());
+  // Whether a pair by itself, at the price of three in vectors, is the better way.
+  static bool is_sparse(const uint64_t* words, int64_t queries, int64_t keys) {
+    int64_t pairs = 0;
+    for (int64_t k = 0; k < keys; ++k) pairs += __builtin_popcountll(words[k]);
+    return 4 * pairs < round_up(queries, W) * keys;
+  }
+
+  // Queries [first, first + n) of the tile, by themselves.
+  void add_single(int64_t b, int64_t h, int64_t q0, int64_t first, int64_t n) {
+    if (p_.mask->everything()) {
+      for (int64_t r = first; r < first + n; ++r) rows_.add_range(r, 0, p_.Nk);
+      return;
+    }
+    uint64_t words[64];
+    const Range keys = p_.mask->keys(b, h, q0 + first / 16 * 16, first % 16 + n);
+    for (int64_t k = keys.begin / 64 * 64; k < keys.end; k += 64) {
+      const int64_t count = std::min<int64_t>(64, p_.Nk - k);
+      const Tile state = p_.mask->tile(b, h, q0 + first / 16 * 16, first % 16 + n, k, count, words,
+                                       BitOrder::by_query);
+      if (state == Tile::empty) continue;
+      for (int64_t r = 0; r < n; ++r)
+        rows_.add_bits(first + r, state == Tile::full ? bits_below(count) : words[first % 16 + r],
+                       k);
+    }
+  }
+
+  // Joins what was found for queries q0 ... q0 + n, lanes of the tile from `lane` on, divides by
+  // the sums and writes the rows.
+  [[gnu::noinline]] void finish(int64_t b, int64_t h, int64_t q0, int64_t lane, int64_t n) {
+    const SoftmaxPanel<T>& state = softmax_[lane / columns];
+    const Lanes zero, none(-std::numeric_limits<A>::infinity()), log2e{A(kLog2E)};
+    const Lanes unit(tile_.rule.unit);
+    Lanes highest = Lanes::load(state.highest + lane % columns) * unit;
+    Lanes sum = Lanes::load(state.sum + lane % columns);
+    alignas(64) A row_share[W];
+    Lanes share(A(1));
+    const bool joined = (rows_.used() >> lane & bits_below(n)) != 0;
+    if (joined) {
+      alignas(64) A row_highest[W], row_sum[W];
+      for (int i = 0; i < W; ++i)
+        row_highest[i] = rows_.highest(lane + i), row_sum[i] = rows_.sum(lane + i);
+      const Lanes of_rows = Lanes::load(row_highest), most = max(highest, of_rows);
+      const Lanes shift = select(most == none, zero, most);
+      share = exp2_or_zero((highest - shift) * log2e);
+      const Lanes others = exp2_or_zero((of_rows - shift) * log2e);
+      sum = fma(sum, share, Lanes::load(row_sum) * others);
+      highest = most;
+      others.store(row_share);
+    }
+    const auto empty = sum == zero;
+    select(empty, none, highest + log(sum)).store(result_.lse + (b * p_.Hq + h) * p_.Nq + q0, n);
+    if (p_.sink) sum += exp(Lanes(p_.sink[h]) - highest);
+    const Lanes factor = select(empty, zero, Lanes(A(1)) / sum);
+    if (result_.state) {
+      A* to = result_.state + 2 * (b * p_.Hq + h) * p_.Nq + q0;
+      select(empty, zero, Lanes::load(state.highest + lane % columns)).store(to, n);
+      factor.store(to + p_.Nq, n);
+    }
+    share *= factor;
+    const auto absent = share == zero;
+    const A* from = sums(lane / columns) + lane % columns;
     const int64_t stride = p_.Hq * p_.Dv;
-    T* rows = result_.out + ((tile_.b * p_.Nq + first) * p_.Hq + tile_.h) * p_.Dv;
-    for (int64_t lane = 0; lane < n; lane += W, rows += W * stride) {
-      const int64_t m = std::min<int64_t>(W, n - lane);
-      const Lanes maximum = Lanes::load(state.highest + lane);
-      const Lanes highest = maximum * Lanes(tile_.rule.unit);
-      const Lanes sum = Lanes::load(state.sum + lane);
-      const auto empty = sum == zero;
-      select(empty, none, highest + log(sum)).store(lse + lane, m);
-      Lanes total = sum;
-      if (p_.sink) total += exp(Lanes(p_.sink[tile_.h]) - highest);
-      const Lanes share = Lanes(A(1)) / total;
-      if (result_.state) {
-        A* to = result_.state + 2 * (tile_.b * p_.Hq + tile_.h) * p_.Nq + first + lane;
-        select(empty, zero, maximum).store(to, m);
-        select(empty, zero, share).store(to + p_.Nq, m);
-      }
-      for (int64_t d = 0; d < p_.Dv; d += W) {
-        const int64_t width = std::min<int64_t>(W, p_.Dv - d);
-        typename Lanes::Register row[W];
-        for (int j = 0; j < W; ++j)
-          row[j] =
-              started && j < width
-                  ? select(empty, zero, Lanes::load(sums(panel) + (d + j) * columns + lane) * share)
-                        .v
-                  : zero.v;
-        transpose_block<W>(row);
-        for (int64_t i = 0; i < m; ++i) {
-          if (width == W)
-            Lanes(row[i]).store(rows + i * stride + d);
-          else
-            Lanes(row[i]).store(rows + i * stride + d, width);
-        }
+    T* rows = result_.out + ((b * p_.Nq + q0) * p_.Hq + h) * p_.Dv;
+    if (joined) (Lanes::load(row_share) * factor).store(row_share);
+    for (int64_t d = 0; d < p_.Dv; d += W) {
+      const int64_t width = std::min<int64_t>(W, p_.Dv - d);
+      typename Lanes::Register row[W];
+      for (int j = 0; j < W; ++j)
+        row[j] = started_ && j < width
+                     ? select(absent, zero, Lanes::load(from + (d + j) * columns) * share).v
+                     : zero.v;
+      transpose_block<W>(row);
+      for (int64_t i = 0; i < n; ++i) {
+        Lanes x(row[i]);
+        if (joined && rows_.used() >> (lane + i) & 1)
+          x = fma(Lanes::load(rows_.out(lane + i) + d), Lanes(row_share[i]), x);
+        if (width == W)
+          x.store(rows + i * stride + d);
+        else
+          x.store(rows + i * stride + d, width);
       }
     }
   }
 
   const AttentionProblem<T>& p_;
   QueryTile<T> tile_;
+  QueryRows<T> rows_;
+  bool started_ = false;
   const ForwardResult<T> result_;
   SoftmaxPanel<T> softmax_[QueryTile<T>::kPanels];
   Packed* weights_;  // [row][columns], in the layout of right operands

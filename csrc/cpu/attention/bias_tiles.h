@@ -29,6 +29,16 @@ class BiasTiles {
   // Values up to this one hide the pair.
   A masked() const { return A(view_.masked); }
 
+  // target[i] of query q and key first + keys[i].
+  void gather(int64_t b, int64_t h, int64_t q, int64_t first, const int32_t* keys, int64_t n,
+              A* target) const {
+    const int64_t stride = view_.strides[3];
+    of_type([&](auto* data) {
+      data += b * view_.strides[0] + h * view_.strides[1] + q * view_.strides[2] + first * stride;
+      for (int64_t i = 0; i < n; ++i) target[i] = A(data[keys[i] * stride]);
+    });
+  }
+
   // target[r] of query q0 + r, for a bias of queries, or target[c] of key k0 + c.
   void vector(int64_t b, int64_t h, int64_t first, int64_t n, A* target) const {
     const int64_t stride = view_.strides[kind_ == BiasKind::of_keys ? 3 : 2];

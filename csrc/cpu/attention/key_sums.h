@@ -53,7 +53,7 @@ class KeySums {
     }
     tile_.begin(b, h, q0 + begin, end - begin);
     tile_.skip_to(first);
-    while (tile_.next(last))
+    while (tile_.next(last, [](const uint64_t*, int64_t, int64_t) { return false; }))
       for (int64_t i = 0; i < tile_.panels(); ++i)
         with_vectors<Panels<T>::vectors>(tile_.lanes(i), W,
                                          [&](auto V) { add_block<decltype(V)::value>(i, first); });

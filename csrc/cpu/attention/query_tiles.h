@@ -98,8 +98,10 @@ class QueryTile {
   int64_t panels() const { return ceil_div(nq, columns); }
   const DropoutTile* dropout() const { return p.dropout ? &dropout_ : nullptr; }
 
-  // The next keys that some query sees, at most kBlockKeys; false when there are none left.
-  bool next(int64_t end) {
+  // The next keys that some query sees, at most kBlockKeys; false when there are none left. Partial
+  // tiles of the mask that `takes_tile` takes are left out.
+  template <typename F>
+  bool next(int64_t end, F takes_tile) {
     count = 0;
     const int64_t last = std::min(end, range_.end);
     for (int64_t row = 0; next_ < last && row + step <= kBlockKeys;) {
@@ -109,7 +111,10 @@ class QueryTile {
       if (!p.mask->everything()) {
         const Tile state = p.mask->tile(b, h, q0, nq, run.first, run.count, words_[count]);
         if (state == Tile::empty) continue;
-        if (state == Tile::partial) run.words = words_[count];
+        if (state == Tile::partial) {
+          if (takes_tile(words_[count], run.first, run.count)) continue;
+          run.words = words_[count];
+        }
       }
       if (p.key_weight) run.key_weight = p.key_weight(b, h) + run.first;
       if (bias_.kind() == BiasKind::of_keys) {

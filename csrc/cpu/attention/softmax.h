@@ -22,7 +22,7 @@ inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // 2^x for x <= 127, and 0 for x <= -126; at most 1.5 ulp off, and NaN of NaN. 2^x = 2^(n - 1) p
 // with n = round(x) and p = 2^(x - n + 1): the exponent n - 1 is that of 0 where n = -126, so no
 // step makes a denormal.
-inline VecF exp2_or_zero(VecF x) {
+[[gnu::always_inline]] inline VecF exp2_or_zero(VecF x) {
   const VecF shift(12582912.0f + 126.0f);
   const VecF bounded = max(VecF(-126.0f), x);
   const VecF shifted = bounded + shift;
