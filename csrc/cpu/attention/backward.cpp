@@ -1,67 +1,11 @@
-// The definitions of backward.h, compiled once for each element type.
+// The items of backward.h: tiles of queries and keys. Compiled once for each element type.
 #include "cpu/attention/backward.h"
 
 #include <atomic>
 
-#include "common/reduce.h"
+#include "cpu/attention/backward_workspace.h"
 
 namespace weft {
-
-namespace {
-
-template <typename A, typename T>
-inline A row_dot(const T* x, const T* y, int64_t n) {
-  constexpr int64_t W = Vec<A>::size;
-  Vec<A> sum;
-  int64_t d = 0;
-  for (; d + W <= n; d += W) sum = fma(Vec<A>::load(x + d), Vec<A>::load(y + d), sum);
-  if (d < n) sum = fma(Vec<A>::load(x + d, n - d), Vec<A>::load(y + d, n - d), sum);
-  return reduce_sum(sum);
-}
-
-// y = scale x.
-template <typename A, typename T>
-inline void scale_row(const A* x, A scale, T* y, int64_t n) {
-  constexpr int64_t W = Vec<A>::size;
-  int64_t d = 0;
-  for (; d + W <= n; d += W) (Vec<A>::load(x + d) * Vec<A>(scale)).store(y + d);
-  if (d < n) (Vec<A>::load(x + d, n - d) * Vec<A>(scale)).store(y + d, n - d);
-}
-
-}  // namespace
-
-// One thread's.
-template <typename T>
-struct AttentionBackward<T>::Workspace {
-  Scratch memory[10];
-  TokenRows<T> keys, values;
-  KeyColumns<T> key_columns;
-  QueryTile<T> query, grad_out;
-  QueryLanes<A> lanes;
-  DropoutTile dropout;
-  ReadAhead ahead;
-  int64_t bias_plane = -1;             // whose transpose memory[9] holds
-  std::vector<uint8_t> touched, seen;  // of tiles of keys: their sums hold something; of keys
-  A *key_sums, *value_sums, *query_sums, *products, *upstream, *bias, *direct;
-  E *weights, *gradients, *gradient_panels;
-  alignas(64) A delta[kTile], received[kTile], bias_of_queries[kTile];
-  alignas(64) A key_bias[kTile];
-  uint64_t words[kTile];
-
-  static Workspace& mine() {
-    static thread_local Workspace workspace;
-    return workspace;
-  }
-};
-
-template <typename T>
-struct AttentionBackward<T>::Place {
-  int64_t part, chunk;
-  int64_t b, kv_head, h = 0, q0 = 0, nq = 0;
-  int64_t first_tile = 0, last_tile = 0;  // of queries
-  int64_t next_b = 0, next_head = 0;      // the member that follows
-  bool last = true;                       // none does
-};
 
 template <typename T>
 AttentionBackward<T>::AttentionBackward(const AttentionProblem<T>& problem,
@@ -372,95 +316,6 @@ void AttentionBackward<T>::run_tile(const Place& at, Workspace& w) {
     for (int64_t r = 0; r < at.nq; ++r) sum[r] += w.bias_of_queries[r];
   }
   if (out_.query) finish_queries(at, w, any);
-}
-
-// dQ of a tile, from [query][D] or [D][query].
-template <typename T>
-void AttentionBackward<T>::finish_queries(const Place& at, Workspace& w, bool any) {
-  const int64_t D = p_.D, stride = p_.Hq * D;
-  T* out = row(out_.query, at.b, at.q0, at.h, p_.Nq, p_.Hq, D);
-  if (!any) {
-    for (int64_t r = 0; r < at.nq; ++r) std::fill_n(out + r * stride, D, T(0));
-    return;
-  }
-  const A* rows = w.query_sums;
-  if constexpr (!P::by_vectors) {
-    A* transposed = w.memory[8].template get<A>(kTile * D);
-    transpose<A>(w.query_sums, kTile, D, at.nq, transposed, D);
-    rows = transposed;
-  }
-  for (int64_t r = 0; r < at.nq; ++r) scale_row(rows + r * D, p_.scale, out + r * stride, D);
-}
-
-// dK and dV of a member; of a chunk, what no tile added to becomes 0.
-template <typename T>
-void AttentionBackward<T>::finish_keys(const Place& at, Workspace& w) {
-  const auto finish = [&](A* sums, int64_t D, A scale, T* result, bool exists) {
-    for (int64_t j = 0; result && j < p_.Nk; ++j) {
-      const bool zero = !exists || !w.touched[size_t(j / kTile)];
-      if (chunk_sums_ && zero) {
-        std::fill_n(sums + j * D, D, A(0));
-      } else if (!chunk_sums_) {
-        T* out = row(result, at.b, j, at.kv_head, p_.Nk, p_.Hkv, D);
-        zero ? std::fill_n(out, D, T(0)), void() : scale_row(sums + j * D, scale, out, D);
-      }
-    }
-  };
-  finish(w.key_sums, p_.D, p_.scale, out_.key, true);
-  finish(w.value_sums, p_.Dv, 1, out_.value, up_.grad_out.data != nullptr);
-}
-
-template <typename T>
-void AttentionBackward<T>::add_chunks() {
-  const int64_t blocks = ceil_div(p_.Nk, kTile);
-  parallel_for(0, p_.B * p_.Hkv * blocks, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t W = Vec<A>::size;
-    static thread_local Scratch memory;
-    A* total = memory.get<A>(std::max(p_.D, p_.Dv));
-    const auto add = [&](int64_t member, int64_t j, int64_t offset, int64_t D, A scale, T* result) {
-      if (!result) return;
-      for (int64_t d = 0; d < D; d += W) {
-        const int64_t n = std::min(W, D - d);
-        Vec<A> sum;
-        for (int64_t chunk = 0; chunk < split_.chunks; ++chunk)
-          sum += load_first<A>(partial_sums(chunk, member) + offset + j * D + d, n);
-        sum.store(total + d, n);
-      }
-      scale_row(total, scale, row(result, member / p_.Hkv, j, member % p_.Hkv, p_.Nk, p_.Hkv, D),
-                D);
-    };
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = i % blocks * kTile; j < std::min(p_.Nk, (i % blocks + 1) * kTile); ++j) {
-        add(i / blocks, j, 0, p_.D, p_.scale, out_.key);
-        add(i / blocks, j, p_.Nk * p_.D, p_.Dv, 1, out_.value);
-      }
-  });
-}
-
-// The gradients of the sink and of the weights, from the sums of the heads.
-template <typename T>
-void AttentionBackward<T>::add_vectors() {
-  for (int64_t h = 0; out_.sink && h < p_.Hq; ++h) {
-    A total = 0;
-    for (int64_t b = 0; b < p_.B; ++b)
-      for (int64_t t = 0; t < query_tiles_; ++t)
-        total += sink_sums_[(b * p_.Hq + h) * query_tiles_ + t];
-    out_.sink[h] = total;
-  }
-  // out (B, heads, n), heads 1 or Hq, of terms (terms, B, Hq, n).
-  const auto add = [&](A* out, int64_t heads, const A* sums, int64_t terms, int64_t n) {
-    if (!out) return;
-    std::fill_n(out, p_.B * heads * n, A(0));
-    for (int64_t term = 0; term < terms; ++term)
-      for (int64_t b = 0; b < p_.B; ++b)
-        for (int64_t h = 0; h < p_.Hq; ++h) {
-          const A* from = sums + ((term * p_.B + b) * p_.Hq + h) * n;
-          A* to = out + (b * heads + (heads == 1 ? 0 : h)) * n;
-          for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-        }
-  };
-  add(out_.key_weight, out_.key_weight_heads, key_weight_sums_, split_.chunks, p_.Nk);
-  add(out_.query_weight, out_.query_weight_heads, received_, 1, p_.Nq);
 }
 
 template class AttentionBackward<double>;
