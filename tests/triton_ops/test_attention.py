@@ -40,23 +40,32 @@ def tokens(B, H, Nq, Nk, D, Dv, Hkv=None, dtype=torch.float32):
     return [randn(*s, seed=n, device=DEVICE).to(dtype) for n, s in enumerate(shapes)]
 
 
-def wide(value):
-    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if floats else value
-
-
-def check(query, key, value, **options):
-    """Results against float64."""
-    options |= {"return_lse": True, "return_key_sums": True}
-    inputs = [canary(t) for t in (query, key, value)]
-    with weft.use("triton"):
-        found = weft.attention(*inputs, **options)
-    with weft.use("reference"):
-        exact = {name: wide(value) for name, value in options.items()}
-        expected = weft.attention(*map(wide, (query, key, value)), **exact)
+def check(query, key, value, gradients=True, **options):
+    """Results, and the gradients of all float tensors, against float64 and the same formula."""
+    floats = {"query": query, "key": key, "value": value}
+    others = {}
+    for name, option in options.items():
+        of_float = isinstance(option, torch.Tensor) and option.is_floating_point()
+        (floats if of_float else others)[name] = option
+    found = results_of("triton", {n: canary(t) for n, t in floats.items()}, others, gradients)
+    exact = {name: t.double() for name, t in floats.items()}
+    expected = results_of("reference", exact, others, gradients, query.dtype)
     for one, two in zip(found, expected, strict=True):
         close(one, two)
-    return found
+
+
+def results_of(implementation, floats, others, gradients, dtype=None):
+    leaves = {name: t.detach().requires_grad_(gradients) for name, t in floats.items()}
+    with weft.use(implementation):
+        results = weft.attention(**leaves, **others, return_lse=True, return_key_sums=True)
+        if not gradients:
+            return [*results]
+        upstream = [randn(*r.shape, seed=30 + n, device=DEVICE) for n, r in enumerate(results)]
+        upstream[0] = upstream[0].to(dtype or results[0].dtype)
+        upstream = [u.to(r.dtype) for u, r in zip(upstream, results, strict=True)]
+        given = [*leaves.values()]
+        grads = torch.autograd.grad(results, given, upstream)
+    return [r.detach() for r in results] + [*grads]
 
 
 def close(one: torch.Tensor, two: torch.Tensor) -> None:
@@ -97,14 +106,14 @@ def test_plain(dtype):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name):
-    check(*tokens(2, 1, 18, 33, 8, 4), mask=MASKS[name])
+    check(*tokens(2, 1, 18, 33, 8, 4), name in ("window", "lengths", "all"), mask=MASKS[name])
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_neighborhoods(name):
     mask = GRIDS[name]
     N = torch.Size(mask.shape).numel()
-    check(*tokens(1, 1, N, N, 8, 4), mask=mask)
+    check(*tokens(1, 1, N, N, 8, 4), name == "2d", mask=mask)
 
 
 def test_packed_bits():
@@ -170,15 +179,18 @@ def test_parts_of_the_keys(monkeypatch):
 
 
 def test_what_nobody_sees_is_not_read():
-    query, key, value = tokens(1, 1, 18, 33, 8, 4)
-    clean = weft.attention(query, key, value, mask=MASKS["segments"])
-    key[..., 20:, :], value[..., 20:, :], query[..., 15:, :] = torch.nan, torch.inf, torch.nan
+    inputs = tokens(1, 1, 18, 33, 8, 4)
     ids = labels(18, 5).clone(), labels(33, 7).clone()
     ids[1][20:], ids[0][15:] = 7, 8
-    with weft.use("triton"):
-        out = weft.attention(query, key, value, mask=masks.Segments(*ids))
-    assert out.isfinite().all() and (out[..., 15:, :] == 0).all()
-    torch.testing.assert_close(out[..., :10, :], clean[..., :10, :])
+    options = {"mask": masks.Segments(*ids)}
+    names = ("query", "key", "value")
+    exact = {name: t.double() for name, t in zip(names, inputs, strict=True)}
+    expected = results_of("reference", exact, options, True)
+    query, key, value = inputs
+    key[..., 20:, :], value[..., 20:, :], query[..., 15:, :] = torch.nan, torch.inf, torch.nan
+    found = results_of("triton", dict(zip(names, inputs, strict=True)), options, True)
+    for one, two in zip(found, expected, strict=True):
+        close(one, two)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 0, 3), (1, 1, 3, 0), (0, 2, 3, 3)])

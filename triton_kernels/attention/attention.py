@@ -49,13 +49,13 @@ TABLE = {
     (90, "half", "labels", 256): Config(_tiles(64, 32), num_warps=8, num_stages=2),
     (90, "float", "plain", 64): Config(_tiles(64, 64), num_warps=8, num_stages=2),
     (90, "float", "plain", 128): Config(_tiles(64, 32), num_warps=8, num_stages=2),
-    (90, "float", "plain", 256): Config(_tiles(64, 16), num_warps=8, num_stages=1),
+    (90, "float", "plain", 256): Config(_tiles(32, 32), num_warps=8, num_stages=1),
     (90, "float", "rich", 64): Config(_tiles(64, 64), num_warps=8, num_stages=2),
     (90, "float", "labels", 64): Config(_tiles(64, 32), num_warps=8, num_stages=2),
     (90, "float", "rich", 128): Config(_tiles(64, 32), num_warps=8, num_stages=2),
     (90, "float", "labels", 128): Config(_tiles(64, 32), num_warps=8, num_stages=1),
-    (90, "float", "rich", 256): Config(_tiles(64, 16), num_warps=8, num_stages=1),
-    (90, "float", "labels", 256): Config(_tiles(64, 16), num_warps=8, num_stages=1),
+    (90, "float", "rich", 256): Config(_tiles(32, 32), num_warps=8, num_stages=1),
+    (90, "float", "labels", 256): Config(_tiles(32, 32), num_warps=8, num_stages=1),
 }
 MERGE = Config({"BLOCK_M": 16}, num_warps=4)
 PROGRAMS = 264  # two for each multiprocessor
@@ -101,7 +101,7 @@ def _forward(call: Call, out: Tensor, lse: Tensor) -> None:
         (programs * parts,),
         config,
         *(call.query, call.args, call.rules, *results, width, parts),
-        matrix_product=call.matrix_product,
+        matrix_product=call.matrix_product(config),
         **call.head,
         PRECISION=call.precision,
         SPLIT=parts > 1,
@@ -121,7 +121,7 @@ def _key_sums(call: Call, lse: Tensor, sums: Tensor) -> None:
         (triton.cdiv(Nk, config.tiles["BLOCK_N"]) * B * H,),
         config,
         *(call.query, call.args, call.rules, lse, sums),
-        matrix_product=call.matrix_product,
+        matrix_product=call.matrix_product(config),
         **heads,
         PRECISION=call.precision,
     )

@@ -53,15 +53,17 @@ class Call:
     def precision(self) -> str:
         return float32_precision()
 
-    @property
-    def matrix_product(self) -> bool:
-        return self.query.dtype != torch.float32 or self.precision == "tf32"
+    def matrix_product(self, config: Config) -> bool:
+        """Whether tiles are large enough for the matrix instructions of every architecture."""
+        if self.query.dtype != torch.float32:
+            return True
+        return self.precision == "tf32" and config.tiles["BLOCK_M"] >= 64
 
-    def config(self, table: dict, kind: str) -> Config:
+    def config(self, table: dict, *kind: str | bool) -> Config:
         """By precision, kind and size of the heads."""
         head = max(64, padded(self.query.shape[3]), padded(self.value.shape[3]))
         number = "float" if self.query.dtype == torch.float32 else "half"
-        return configure(table, self.query.device, number, kind, head)
+        return configure(table, self.query.device, number, *kind, head)
 
 
 def call_of(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weft.triton_kernels.attention import attention as ops
-from weft.triton_kernels.attention.call import COUNT
+from weft.triton_kernels.attention import gradients
 
 FAR = 1 << 40
 
@@ -91,8 +91,24 @@ def key_sums(dtype: torch.dtype) -> None:
         ops.attention(*arguments, True)
 
 
+def _backward(arguments: tuple, sums: bool, wanted: int) -> None:
+    query, key, value = arguments[:3]
+    (B, H, Nq, _), Nk, dtype = query.shape, key.shape[2], query.dtype
+    out = make(B, Nq, H, value.shape[3], dtype=dtype)
+    given = sum(1 << n for n, t in enumerate(arguments[:7]) if t is not None)
+    of_sums = make(B, H, Nk) if sums else None
+    upstream = (out, None, of_sums, out, make(B, H, Nq))
+    gradients.attention_backward(*arguments, *upstream, given & wanted)
+
+
 def backward(dtype: torch.dtype) -> None:
     for arguments in calls(dtype):
-        query, _, value = arguments[:3]
-        out = torch.empty_like(query[..., :1]).expand(*query.shape[:3], value.shape[3])
-        assert len(arguments) == COUNT and out is not None
+        if max(arguments[0].shape[3], arguments[2].shape[3]) <= gradients.LARGEST_HEAD:
+            for sums in (True, False):
+                _backward(arguments, sums, ~gradients.BIAS)
+
+
+def grad_bias(dtype: torch.dtype) -> None:
+    for arguments in with_options(dtype):
+        if arguments[3] is not None and arguments[0].shape[3] <= gradients.LARGEST_HEAD:
+            _backward(arguments, False, gradients.BIAS)

@@ -1,10 +1,10 @@
 """Attention, forward: a program owns a tile of queries of a head and a part of its keys.
 
-Over tiles of keys it keeps the maximum m, the sum l and the output, all scaled by 2^−m:
+Over tiles of keys it keeps the maximum m, the sum l and the output, all scaled by e^−m:
 
-m' = max(m, max_j S₂),   l' = 2^(m − m') l + Σ_j 2^(S₂ − m'),   O' = 2^(m − m') O + 2^(S₂ − m') V
+m' = max(m, max_j S),   l' = e^(m − m') l + Σ_j e^(S − m'),   O' = e^(m − m') O + e^(S − m') V
 
-The logarithm of a key weight adds to S₂. Few queries leave most of a GPU idle: then parts of the
+The logarithm of a key weight adds to S. Few queries leave most of a GPU idle: then parts of the
 keys have programs of their own, and `merge_kernel` joins their outputs by their log-sum-exps, in a
 fixed order.
 """
@@ -19,19 +19,17 @@ from weft.triton_kernels.attention.rules import (
     limits,
     of_keys,
     of_queries,
+    seen_by_some,
     state,
     visible,
 )
 from weft.triton_kernels.attention.scores import (
     INFINITY,
-    LN2,
-    LOG2E,
     hash_of_queries,
     head_of,
     kept,
     load_rows,
     scores,
-    sink_share,
     weights_of,
 )
 from weft.triton_kernels.common import operand, rounded
@@ -66,25 +64,17 @@ def _tile(
     v = load_rows(args.value, args.value_strides, b, h // args.group, j, args.Nk, Dv, BLOCK_V)
     s, _ = scores(args, b, h, q, k, i, j, PRECISION)
     if args.key_weight is not None:
-        s += tl.log2(weights_of(args.key_weight, args.key_weight_strides, b, h, j, args.Nk))[
-            None, :
-        ]
+        s += tl.log(weights_of(args.key_weight, args.key_weight_strides, b, h, j, args.Nk))[None, :]
     if CHECKED:
         keys = of_keys(rules, b, h, j, args.Nk, stop)
         see = visible(rules, i, j, j0, queries, keys, args.Nk)
         s = tl.where(see, s, -INFINITY)
-        # What no query of the tile sees must not be multiplied, not even by 0: it may be NaN.
-        if (rules.shift is not None or rules.query_ids is not None) or (
-            rules.words is not None or rules.sizes is not None
-        ):
-            seen = tl.max(see.to(tl.int32), 0) > 0
-        else:
-            seen = (j >= first) & (j < stop)
+        seen = seen_by_some(rules, see, j, first, stop)
         v = tl.where(seen[:, None], v, 0.0)
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == -INFINITY, 0.0, top)
-    p = tl.exp2(s - safe[:, None])
-    shrink = tl.exp2(m - safe)
+    p = tl.exp(s - safe[:, None])
+    shrink = tl.exp(m - safe)
     l = l * shrink + tl.sum(p, 1)
     if args.seed is not None:
         p = tl.where(kept(args, hashes, j), p, 0.0)
@@ -157,33 +147,31 @@ def forward_kernel(
             sums = _tile(sums, args, rules, b, h, i, q, queries, hashes, j0, bounds, True,
                          D, BLOCK_D, Dv, BLOCK_V, BLOCK_N, PRECISION)  # fmt: skip
     acc, m, l = sums
-    total = tl.where(l == 0, -INFINITY, m + tl.log2(tl.where(l == 0, 1.0, l)))
-    share = 1.0 / tl.where(l == 0, 1.0, l)
     if args.seed is not None:
-        share *= args.grow
+        acc *= args.grow
     if not SPLIT:
-        share *= _share(args, h, total)
-    _store(out, lse, args, b + part * args.batches, h, i, acc * share[:, None], total, Dv, BLOCK_V)
+        _finish(out, lse, args, b, h, i, acc, m, l, args.sink, Dv, BLOCK_V)
+    else:
+        b += part * args.batches
+        _finish(out, lse, args, b, h, i, acc, m, l, None, Dv, BLOCK_V)
 
 
 @triton.jit
-def _share(args, h, total):
-    """What the sink leaves."""
-    share = tl.full(total.shape, 1.0, tl.float32)
-    if args.sink is not None:
-        share = tl.where(total == -INFINITY, share, sink_share(tl.load(args.sink + h), total))
-    return share
-
-
-@triton.jit
-def _store(out, lse, args, b, h, i, acc, total, Dv: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A tile of (B, Nq, H, Dv) and (B, H, Nq)."""
+def _finish(out, lse, args, b, h, i, acc, m, l, sink, Dv: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Divides by the sum, and by what the sink adds to it; a tile of (B, Nq, H, Dv), (B, H, Nq)."""
+    divisor = tl.where(l == 0, 1.0, l)
+    total = tl.where(l == 0, -INFINITY, m + tl.log(divisor))
+    if sink is not None:
+        more = tl.where(l == 0, 0.0, tl.exp(tl.load(sink + h) - total))
+        divisor *= 1.0 + more
     d = tl.arange(0, BLOCK_V)
     row = (b.to(tl.int64) * args.Nq + i) * args.heads + h
     inside = (i < args.Nq)[:, None] & (d < Dv)[None, :]
-    tl.store(out + row[:, None] * Dv + d[None, :], rounded(acc, out.dtype.element_ty), mask=inside)
+    values = rounded(tl.div_rn(acc, tl.broadcast_to(divisor[:, None], acc.shape)),
+                     out.dtype.element_ty)  # fmt: skip
+    tl.store(out + row[:, None] * Dv + d[None, :], values, mask=inside)
     at = lse + (b.to(tl.int64) * args.heads + h) * args.Nq + i
-    tl.store(at, total * LN2, mask=i < args.Nq)
+    tl.store(at, total, mask=i < args.Nq)
 
 
 @triton.jit
@@ -210,18 +198,16 @@ def merge_kernel(
     for part in range(0, parts):
         plane = (b + part * args.batches).to(tl.int64)
         at = parts_lse + (plane * args.heads + h) * args.Nq + i
-        own = tl.load(at, mask=i < args.Nq, other=-INFINITY) * LOG2E
+        own = tl.load(at, mask=i < args.Nq, other=-INFINITY)
         row = (plane * args.Nq + i) * args.heads + h
         values = tl.load(parts_out + row[:, None] * Dv + d[None, :], mask=inside, other=0.0)
         top = tl.maximum(m, own)
         safe = tl.where(top == -INFINITY, 0.0, top)
-        p, shrink = tl.exp2(own - safe), tl.exp2(m - safe)
+        p, shrink = tl.exp(own - safe), tl.exp(m - safe)
         acc = acc * shrink[:, None] + p[:, None] * values
         l = l * shrink + p
         m = top
-    total = tl.where(l == 0, -INFINITY, m + tl.log2(tl.where(l == 0, 1.0, l)))
-    share = _share(args, h, total) / tl.where(l == 0, 1.0, l)
-    _store(out, lse, args, b, h, i, acc * share[:, None], total, Dv, BLOCK_V)
+    _finish(out, lse, args, b, h, i, acc, m, l, args.sink, Dv, BLOCK_V)
 
 
 def example_launches(dtype: torch.dtype) -> None:

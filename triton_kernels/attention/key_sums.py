@@ -10,7 +10,6 @@ import triton.language as tl
 from weft.triton_kernels.attention.rules import limits, of_keys, of_queries, query_bounds, visible
 from weft.triton_kernels.attention.scores import (
     INFINITY,
-    LOG2E,
     head_of,
     load_rows,
     scores,
@@ -42,9 +41,9 @@ def _received(
     q = load_rows(query, args.query_strides, b, h, i, args.Nq, D, BLOCK_D)
     s, _ = scores(args, b, h, q, k, i, j, PRECISION)
     at = lse + (b.to(tl.int64) * args.heads + h) * args.Nq + i
-    of_row = tl.load(at, mask=i < args.Nq, other=-INFINITY) * LOG2E
+    of_row = tl.load(at, mask=i < args.Nq, other=-INFINITY)
     see = visible(rules, i, j, j0, queries, keys, args.Nk) & (of_row != -INFINITY)[:, None]
-    p = tl.where(see, tl.exp2(s - of_row[:, None]), 0.0)
+    p = tl.where(see, tl.exp(s - of_row[:, None]), 0.0)
     if args.sink is not None:
         p *= sink_share(tl.load(args.sink + h), of_row)[:, None]
     return p

@@ -147,6 +147,19 @@ def visible(rules, i, j, j0, queries, keys, Nk):
 
 
 @triton.jit
+def seen_by_some(rules, see, j, first, stop):
+    """Which keys of a tile some query sees: the others must not be multiplied, not even by 0, as
+    they may be NaN. Bands and lengths have it in closed form, [first, stop)."""
+    if (rules.shift is not None or rules.query_ids is not None) or (
+        rules.words is not None or rules.sizes is not None
+    ):
+        seen = tl.max(see.to(tl.int32), 0) > 0
+    else:
+        seen = (j >= first) & (j < stop)
+    return seen
+
+
+@triton.jit
 def state(rules, b, h, i0, j0, Nk):
     """Of the packed tile of 64 × 64 that has the pair (i0, j0): 0 empty, 1 partial, 2 full."""
     rows = tl.cdiv(rules.words_rows, WORD)

@@ -1,7 +1,7 @@
-"""A tile of scores in base 2, and what surrounds it; weft.reference.attention.attention has all
+"""A tile of scores, and what surrounds it; weft.reference.attention.attention has all
 formulas.
 
-S₂ = log₂ e · (softcap(scale q kᵀ) + bias), so that e^S = 2^S₂.
+S = softcap(scale q kᵀ) + bias
 """
 
 from typing import NamedTuple
@@ -11,8 +11,6 @@ import triton.language as tl
 
 from weft.triton_kernels.common import operand, tanh
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -60,21 +58,21 @@ def load_rows(pointer, strides, b, h, rows, N, SIZE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def scores(args, b, h, q, k, i, j, PRECISION: tl.constexpr):
-    """(S₂, t): t is the tanh of the softcap, or of no meaning."""
+    """(S, t): t is the tanh of the softcap, or of no meaning."""
     products = tl.dot(operand(q), operand(tl.trans(k)), input_precision=PRECISION)
     t = products
     if args.softcap is not None:
         t = tanh(products * (args.scale / args.softcap))
-        s = t * (args.softcap * LOG2E)
+        s = t * args.softcap
     else:
-        s = products * (args.scale * LOG2E)
+        s = products * args.scale
     if args.bias is not None:
         strides = args.bias_strides
         at = args.bias + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
         at += i.to(tl.int64)[:, None] * strides[2] + j.to(tl.int64)[None, :] * strides[3]
         inside = (i < args.Nq)[:, None] & (j < args.Nk)[None, :]
         bias = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        s += tl.where(bias <= args.bias_floor, -INFINITY, bias) * LOG2E
+        s += tl.where(bias <= args.bias_floor, -INFINITY, bias)
     return s, t
 
 
@@ -87,8 +85,8 @@ def weights_of(pointer, strides, b, h, n, N):
 
 @triton.jit
 def sink_share(sink, lse):
-    """r: how much of a query's attention the sink leaves; lse in base 2, not −∞."""
-    return 1.0 / (1.0 + tl.exp2(sink * LOG2E - lse))
+    """r: how much of a query's attention the sink leaves; lse is not −∞."""
+    return 1.0 / (1.0 + tl.exp(sink - lse))
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Attention with any mask and any bias."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,6 @@ from weft.ops.checks import autocast
 from weft.ops.registration import Op, cpu, reference, register_gradient, triton
 from weft.reference.attention import attention as formula
 from weft.reference.attention.attention import Inputs, Upstream
-
-LARGEST_TRITON_HEAD = 256
 
 
 def attention(
@@ -178,11 +178,13 @@ def _reference_backward(*args):
     )
 
 
-def _triton_refuses(*args) -> str | None:
-    query, _, value = args[:3]
-    if max(query.shape[3], value.shape[3]) > LARGEST_TRITON_HEAD:
-        return f"takes heads of up to {LARGEST_TRITON_HEAD}"
-    return None
+def _heads_up_to(largest: int) -> Callable:
+    def refuses(*args) -> str | None:
+        """Reasons against the Triton kernels."""
+        sizes = args[0].shape[3], args[2].shape[3]
+        return None if max(sizes) <= largest else f"takes heads of up to {largest}, got {sizes}"
+
+    return refuses
 
 
 forward = Op(
@@ -191,8 +193,8 @@ forward = Op(
     family="attention",
     fake=_fake,
     implementations=[
-        triton("attention.attention", "attention", _triton_refuses),
         cpu("attention"),
+        triton("attention.attention", "attention", _heads_up_to(256)),
         reference(_reference),
     ],
 )
@@ -204,6 +206,7 @@ backward = Op(
     fake=_fake_backward,
     implementations=[
         cpu("attention_backward"),
+        triton("attention.gradients", "attention_backward", _heads_up_to(128)),
         reference(_reference_backward),
     ],
 )
