@@ -127,7 +127,7 @@ class ForwardTile {
   // the sums and writes the rows.
   [[gnu::noinline]] void finish(int64_t b, int64_t h, int64_t q0, int64_t lane, int64_t n) {
     const SoftmaxPanel<T>& state = softmax_[lane / columns];
-    const Lanes zero, none(-std::numeric_limits<A>::infinity()), log2e{A(kLog2E)};
+    const Lanes zero, none(-std::numeric_limits<A>::infinity()), base(kBase<A>);
     const Lanes unit(tile_.rule.unit);
     Lanes highest = Lanes::load(state.highest + lane % columns) * unit;
     Lanes sum = Lanes::load(state.sum + lane % columns);
@@ -140,19 +140,21 @@ class ForwardTile {
         row_highest[i] = rows_.highest(lane + i), row_sum[i] = rows_.sum(lane + i);
       const Lanes of_rows = Lanes::load(row_highest), most = max(highest, of_rows);
       const Lanes shift = select(most == none, zero, most);
-      share = exp2_or_zero((highest - shift) * log2e);
-      const Lanes others = exp2_or_zero((of_rows - shift) * log2e);
+      share = power_or_zero((highest - shift) * base);
+      const Lanes others = power_or_zero((of_rows - shift) * base);
       sum = fma(sum, share, Lanes::load(row_sum) * others);
       highest = most;
       others.store(row_share);
     }
     const auto empty = sum == zero;
-    select(empty, none, highest + log(sum)).store(result_.lse + (b * p_.Hq + h) * p_.Nq + q0, n);
+    const Lanes maximum = Lanes::load(state.highest + lane % columns);
+    const Lanes lse = joined ? highest + log(sum) : fma(maximum, unit, log(sum));
+    select(empty, none, lse).store(result_.lse + (b * p_.Hq + h) * p_.Nq + q0, n);
     if (p_.sink) sum += exp(Lanes(p_.sink[h]) - highest);
     const Lanes factor = select(empty, zero, Lanes(A(1)) / sum);
     if (result_.state) {
       A* to = result_.state + 2 * (b * p_.Hq + h) * p_.Nq + q0;
-      select(empty, zero, Lanes::load(state.highest + lane % columns)).store(to, n);
+      select(empty, zero, maximum).store(to, n);
       factor.store(to + p_.Nq, n);
     }
     share *= factor;

@@ -75,7 +75,7 @@ class KeySums {
       for (int64_t k = 0; k < run.count; ++k, row += columns, sums += W) {
         Lanes total;
         for (int v = 0; v < V; ++v) {
-          const Lanes e = exp2_or_zero((Lanes::load(row + v * W) - highest[v]) * factor);
+          const Lanes e = power_or_zero((Lanes::load(row + v * W) - highest[v]) * factor);
           total += select(weight[v] == zero, zero, e * weight[v]);
         }
         if (run.key_weight) total *= Lanes(run.key_weight[k]);

@@ -117,11 +117,11 @@ class QueryRows {
     }
     const A before = highest_[r], highest = std::max(before, reduce_max(most));
     const A shift = highest == -std::numeric_limits<A>::infinity() ? A(0) : highest;
-    const Lanes log2e{A(kLog2E)};
-    const A keep = exp2_or_zero((Lanes(before) - Lanes(shift)) * log2e).v[0];
+    const Lanes base(kBase<A>);
+    const A keep = power_or_zero((Lanes(before) - Lanes(shift)) * base).v[0];
     Lanes total;
     for (int64_t j = 0; j < n; j += W) {
-      Lanes e = exp2_or_zero((Lanes::load(s + j) - Lanes(shift)) * log2e);
+      Lanes e = power_or_zero((Lanes::load(s + j) - Lanes(shift)) * base);
       if (p_.key_weight) {
         alignas(64) A weight[W] = {};
         const A* all = p_.key_weight(b_, h_) + first;

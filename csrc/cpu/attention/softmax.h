@@ -17,12 +17,15 @@
 
 namespace weft {
 
-inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// Weights are powers of 2 in float, and of e in double, where speed does not matter: x units of a
+// logarithm are kBase x.
+template <typename A>
+inline constexpr A kBase = std::is_same_v<A, double> ? A(1) : A(1.4426950408889634);
 
 // 2^x for x <= 127, and 0 for x <= -126; at most 1.5 ulp off, and NaN of NaN. 2^x = 2^(n - 1) p
 // with n = round(x) and p = 2^(x - n + 1): the exponent n - 1 is that of 0 where n = -126, so no
 // step makes a denormal.
-[[gnu::always_inline]] inline VecF exp2_or_zero(VecF x) {
+[[gnu::always_inline]] inline VecF power_or_zero(VecF x) {
   const VecF shift(12582912.0f + 126.0f);
   const VecF bounded = max(VecF(-126.0f), x);
   const VecF shifted = bounded + shift;
@@ -31,8 +34,8 @@ inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
   const VecF p = math::polynomial(bounded - (shifted - shift), c);
   return p * VecF::from_bits(shifted.bits() << 23);
 }
-inline VecD exp2_or_zero(VecD x) {
-  return math::by_lane(x, [](double v) { return std::exp2(v); });
+[[gnu::noinline]] inline VecD power_or_zero(VecD x) {
+  return math::by_lane(x, [](double v) { return std::exp(v); });
 }
 
 // Consecutive keys, their rows among the scores, and what else makes these.
@@ -54,7 +57,7 @@ struct ScoreRule {
   A least;        // a bias up to this one hides the pair
   bool products;  // the scores are the products, and scale is left out
   A unit;         // of a score, in those of a logarithm
-  A factor;       // that to base 2
+  A factor;       // that as an exponent of weights
 
   ScoreRule(A scale, A softcap, bool any_bias, A least)
       : scale(scale),
@@ -62,7 +65,7 @@ struct ScoreRule {
         least(least),
         products(!any_bias && softcap == 0 && scale > A(1e-20)),
         unit(products ? scale : A(1)),
-        factor(A(unit * kLog2E)) {}
+        factor(unit * kBase<A>) {}
 };
 
 // Products become scores; `first_lane` is that of the panel in the tile of queries.
@@ -133,7 +136,7 @@ struct SoftmaxPanel {
       m[v] = max(before, m[v]);
       m[v].store(highest + v * W);
       m[v] = select(m[v] == none, zero, m[v]);
-      const Lanes keep = exp2_or_zero((before - m[v]) * times);
+      const Lanes keep = power_or_zero((before - m[v]) * times);
       keep.store(rescale + v * W);
       changed |= any(~(keep == Lanes(A(1))));
     }
@@ -146,8 +149,8 @@ struct SoftmaxPanel {
         if (plain && k + 1 < run.count) {
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) {
-            const Lanes a = exp2_or_zero((Lanes::load(row + v * W) - m[v]) * times);
-            const Lanes b = exp2_or_zero((Lanes::load(row + P::columns + v * W) - m[v]) * times);
+            const Lanes a = power_or_zero((Lanes::load(row + v * W) - m[v]) * times);
+            const Lanes b = power_or_zero((Lanes::load(row + P::columns + v * W) - m[v]) * times);
             total[0][v] += a, total[1][v] += b;
             P::store_rows(panel, run.count, k, v, a, b);
           }
@@ -178,7 +181,7 @@ struct SoftmaxPanel {
     for (int v = 0; v < V; ++v) {
       Lanes e[2];
       for (int i = 0; i < 1 + pair; ++i) {
-        e[i] = exp2_or_zero((Lanes::load(row + i * P::columns + v * W) - m[v]) * times);
+        e[i] = power_or_zero((Lanes::load(row + i * P::columns + v * W) - m[v]) * times);
         if (run.key_weight) e[i] *= Lanes(run.key_weight[k + i]);
         total[i][v] += e[i];
         if (dropout) e[i] *= Lanes::load(kept[i] + first_lane + v * W);
