@@ -287,13 +287,13 @@ def test_threads_do_not_change_a_bit(level, dtype, case):
 
 
 def test_half_precision_sums_in_float32(level):
-    """Long sums: the error stays near that of rounding the weights and the result."""
+    """Long sums: the error is at most 1.3 times that of rounding the result."""
     N = 2048
     problem = Problem(B=1, Hq=1, Nq=N, Nk=128, D=32, Dv=32, lse=False)
     (_, key, value, *_), (_, key_truth, value_truth, *_) = problem.gradients(torch.bfloat16)
     for grad, truth in ((key, key_truth), (value, value_truth)):
         floor = (truth.to(torch.bfloat16).double() - truth).norm()
-        assert (grad.double() - truth).norm() <= 2 * floor
+        assert (grad.double() - truth).norm() <= 1.3 * floor
 
 
 MEMORY = """

@@ -42,6 +42,8 @@ class AttentionBackward {
   using P = TileProducts<T>;
   using E = typename P::E;
 
+  static constexpr int64_t kLong = 2048;  // tokens: sums that are worth more exact terms
+
   struct Workspace;
   struct Place;  // of a tile
 
@@ -52,6 +54,8 @@ class AttentionBackward {
   void run_tile(const Place& at, Workspace& w);
   void load_queries(const Place& at, Workspace& w);
   void sum_received(const Place& at, Workspace& w, ScoreTile<T> tile);
+  void add_products(const Place& at, int64_t k0, int64_t nk, const E* weights, const E* gradients,
+                    bool add_keys, bool add_queries, Workspace& w);
   void finish_queries(const Place& at, Workspace& w, bool any);
   void finish_keys(const Place& at, Workspace& w);
   bool load_scores(const Place& at, int64_t k0, int64_t nk, Workspace& w, ScoreTile<T>& tile);

@@ -30,11 +30,11 @@ struct ScoreTile {
   using E = typename P::E;
 
   int64_t keys = 0;
-  A *products, *upstream;   // Q K and dO V; the second may hold nothing
-  E *weights, *gradients;   // P and dS, the latter of the products, left operands
-  E* gradient_panels;       // dS as a right operand kTile deep; not in vectors
-  const uint64_t* words;    // the pairs that the mask shows, or null
-  const A* bias = nullptr;  // [key][bias_ld]
+  A *products, *upstream;  // Q K and dO V; the second may hold nothing
+  E *weights, *gradients;  // P and dS, the latter of the products, left operands
+  E *weights_rest = nullptr, *gradients_rest = nullptr;  // what rounding took from these, or null
+  const uint64_t* words;                                 // the pairs that the mask shows, or null
+  const A* bias = nullptr;                               // [key][bias_ld]
   int64_t bias_ld = kTile;
   const A* key_bias = nullptr;  // [key]
 
@@ -75,8 +75,6 @@ struct ScoreTile {
       run_as<false, true>(q);
     else
       run_as<false, false>(q);
-    if constexpr (!P::by_vectors)
-      P::pack_right(row_major<E>(gradients, keys, q.lanes, kTile), gradient_panels, kTile);
   }
 
  private:
@@ -138,8 +136,15 @@ struct ScoreTile {
           A* sum = bias_of_pairs + c * bias_stride + v;
           (Vec<A>::load(sum) + ds).store(sum);
         }
+        if (kGeneral && softcap != 0) ds *= slope;
         store(p, weights + at);
-        store(kGeneral && softcap != 0 ? ds * slope : ds, gradients + at);
+        store(ds, gradients + at);
+        if constexpr (!P::by_vectors) {
+          if (weights_rest) {
+            store(p - Vec<A>::load(weights + at), weights_rest + at);
+            store(ds - Vec<A>::load(gradients + at), gradients_rest + at);
+          }
+        }
       }
       if (kGeneral && of_key_weight) of_key_weight[c] += reduce_sum(of_weight);
       if (kGeneral && bias_of_keys) bias_of_keys[c] += reduce_sum(of_bias);

@@ -37,7 +37,7 @@ struct AttentionBackward<T>::Workspace {
   int64_t bias_plane = -1;             // whose transpose memory[9] holds
   std::vector<uint8_t> touched, seen;  // of tiles of keys: their sums hold something; of keys
   A *key_sums, *value_sums, *query_sums, *products, *upstream, *bias, *direct;
-  E *weights, *gradients, *gradient_panels;
+  E *weights, *gradients, *gradient_panels, *weights_rest;
   alignas(64) A delta[kTile], received[kTile], bias_of_queries[kTile];
   alignas(64) A key_bias[kTile];
   uint64_t words[kTile];
