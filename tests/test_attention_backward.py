@@ -105,10 +105,11 @@ class Problem:
         """Of the kernel, from truth's results rounded to dtype; and truth."""
         exact, upstream = self.arguments(dtype, torch.float64)
         with weft.use("reference"):
-            out, lse, _ = forward(*exact, False)
-            truth = backward(*exact, *upstream, out, lse, wanted)
+            out, lse, _, normalizer = forward(*exact, False)
+            truth = backward(*exact, *upstream, out, lse, normalizer, wanted)
         args, upstream = self.arguments(dtype)
-        results = self.cast("out", out, dtype), self.cast("lse", lse, dtype)
+        results = [self.cast("out", out, dtype)]
+        results += [self.cast("lse", t, dtype) for t in (lse, normalizer)]
         with weft.use("cpu"):
             grads = backward(*args, *upstream, *results, wanted)
         return grads, truth
@@ -255,7 +256,8 @@ def test_what_the_mask_hides_does_not_leak(level, dtype):
     spoilt.upstream[1][:, :, 5] = torch.nan
     args, upstream = clean.arguments(dtype)
     with weft.use("reference"):
-        results = forward(*args, False)[:2]
+        out, lse, _, normalizer = forward(*args, False)
+    results = out, lse, normalizer
     with weft.use("cpu"):
         expected = backward(*args, *upstream, *results, 127)
         args, upstream = spoilt.arguments(dtype)

@@ -62,12 +62,13 @@ PROGRAMS = 264  # two for each multiprocessor
 KEYS_OF_PART = 512  # at least
 
 
-def attention(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the op: out (B, Nq, H, Dv), lse (B, H, Nq), key sums (B, H, Nk) or empty."""
+def attention(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the op: out (B, Nq, H, Dv), lse (B, H, Nq), key sums (B, H, Nk) or empty, normalizer."""
     query, _, value = arguments[:3]
     wide = {"dtype": torch.float32}
     if sdpa_applies(*arguments):
-        return *sdpa_forward(*arguments), query.new_empty(0, **wide)
+        out, lse = sdpa_forward(*arguments)
+        return out, lse, query.new_empty(0, **wide), _normalizer(lse)
     call = call_of(*arguments[:COUNT])
     B, H, Nq, Nk = call.sizes
     out = query.new_empty(B, Nq, H, value.shape[3])
@@ -77,7 +78,13 @@ def attention(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     sums = query.new_empty((B, H, Nk) if arguments[COUNT] else (0,), **wide)
     if sums.numel():
         _key_sums(call, lse, sums)
-    return out, lse, sums
+    return out, lse, sums, _normalizer(lse)
+
+
+def _normalizer(lse: Tensor) -> Tensor:
+    """(B, H, 2, Nq): m and Σ_j u_j exp(S_ij − m_i) with m = lse; the backward here reads lse."""
+    empty = lse == -torch.inf
+    return torch.stack([lse.masked_fill(empty, 0), (~empty).to(lse.dtype)], 2)
 
 
 def parts_of(programs: int, Nk: int, BLOCK_N: int) -> tuple[int, int]:

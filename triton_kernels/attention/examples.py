@@ -97,7 +97,7 @@ def _backward(arguments: tuple, sums: bool, wanted: int) -> None:
     out = make(B, Nq, H, value.shape[3], dtype=dtype)
     given = sum(1 << n for n, t in enumerate(arguments[:7]) if t is not None)
     of_sums = make(B, H, Nk) if sums else None
-    upstream = (out, None, of_sums, out, make(B, H, Nq))
+    upstream = (out, None, of_sums, out, make(B, H, Nq), make(B, H, 2, Nq))
     gradients.attention_backward(*arguments, *upstream, given & wanted)
 
 

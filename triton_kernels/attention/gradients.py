@@ -44,7 +44,7 @@ PARTS_BYTES = 16 << 20  # of the parts of a bias's gradient, beyond the first
 
 def attention_backward(*arguments) -> tuple[Tensor, ...]:
     """Of the op: the seven gradients, empty where not wanted."""
-    grad_out, grad_lse, grad_sums, out, lse, wanted = arguments[COUNT:]
+    grad_out, grad_lse, grad_sums, out, lse, _, wanted = arguments[COUNT:]
     query = arguments[0]
     grads = [query.new_empty(0) for _ in range(7)]
     if sdpa_applies(*arguments) and grad_out is not None:

@@ -41,7 +41,7 @@ def sdpa_forward(*arguments) -> tuple[Tensor, Tensor]:
 
 def sdpa_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query (B, Nq, H, D), key and value (B, Nk, H, D)."""
-    grad_out, _, _, out, lse, _ = arguments[COUNT:]
+    grad_out, _, _, out, lse, *_ = arguments[COUNT:]
     query, key, value = arguments[:3]
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # state of the dropout
     grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(

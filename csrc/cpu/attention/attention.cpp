@@ -18,6 +18,9 @@ template <typename T>
 struct ForwardResult {
   T* out;       // (B, Nq, Hq, Dv)
   Acc<T>* lse;  // (B, Hq, Nq)
+  // (B, Hq, 2, Nq): m, about the largest score of a query, and the sum of u e^(S - m). The backward
+  // divides by it: the rounding of lse would cost P a digit.
+  Acc<T>* normalizer;
   // What the key sums read, or null: (B, Hq, 2, Nq), the largest score and 1 / sum of each query.
   // They compute the scores again, and must find the same ones.
   Acc<T>* state;
@@ -150,6 +153,11 @@ class ForwardTile {
     const Lanes maximum = Lanes::load(state.highest + lane % columns);
     const Lanes lse = joined ? highest + log(sum) : fma(maximum, unit, log(sum));
     select(empty, none, lse).store(result_.lse + (b * p_.Hq + h) * p_.Nq + q0, n);
+    // The sum is relative to maximum * unit, m is that rounded.
+    const Lanes lost = joined ? zero : fma(maximum, unit, -highest);
+    A* normalizer = result_.normalizer + 2 * (b * p_.Hq + h) * p_.Nq + q0;
+    select(empty, zero, highest).store(normalizer, n);
+    select(empty, zero, fma(sum, lost, sum)).store(normalizer + p_.Nq, n);
     if (p_.sink) sum += exp(Lanes(p_.sink[h]) - highest);
     const Lanes factor = select(empty, zero, Lanes(A(1)) / sum);
     if (result_.state) {
@@ -215,7 +223,7 @@ void attention_forward(const AttentionProblem<T>& p, const BiasTiles<T>& bias,
 
 // ---- registration -------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> attention(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
     const OptionalTensor& sink, const OptionalTensor& key_weight,
     const OptionalTensor& query_weight, const OptionalTensor& seed, std::string mask_program,
@@ -228,6 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(
   const auto wide = arguments.wide_type();
   Tensor out = torch::stable::new_empty(query, {B, Nq, Hq, value.size(3)});
   Tensor lse = torch::stable::new_empty(query, {B, Hq, Nq}, wide);
+  Tensor normalizer = torch::stable::new_empty(query, {B, Hq, 2, Nq}, wide);
   Tensor sums = key_sums ? torch::stable::new_empty(query, {B, Hq, Nk}, wide)
                          : torch::stable::new_empty(query, {0}, wide);
   with_float(query, [&](auto type) {
@@ -238,16 +247,18 @@ std::tuple<Tensor, Tensor, Tensor> attention(
     const BiasTiles<T> tiles(p.bias);
     const SharedBias<T> shared(p, tiles, bias_memory);
     A* state = key_sums ? state_memory.template get<A>(2 * B * Hq * Nq) : nullptr;
-    attention_forward<T>(p, tiles, shared, {mutable_data<T>(out), mutable_data<A>(lse), state});
+    attention_forward<T>(
+        p, tiles, shared,
+        {mutable_data<T>(out), mutable_data<A>(lse), mutable_data<A>(normalizer), state});
     if (key_sums) attention_key_sums<T>(p, tiles, shared, state, mutable_data<A>(sums));
   });
-  return {out, lse, sums};
+  return {out, lse, sums, normalizer};
 }
 
 }  // namespace
 
 WEFT_CPU_SCHEMAS(m) {
-  m.def("attention(" WEFT_ATTENTION_SCHEMA ", bool key_sums) -> (Tensor, Tensor, Tensor)");
+  m.def("attention(" WEFT_ATTENTION_SCHEMA ", bool key_sums) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 WEFT_CPU_KERNELS(m) { m.impl("attention", TORCH_BOX(&attention)); }
 

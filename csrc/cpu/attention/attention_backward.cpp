@@ -14,7 +14,8 @@ Gradients attention_backward(const Tensor& query, const Tensor& key, const Tenso
                              const std::vector<Tensor>& mask_tensors, double scale, double softcap,
                              double dropout_p, const OptionalTensor& grad_out,
                              const OptionalTensor& grad_lse, const OptionalTensor& grad_sums,
-                             const Tensor& out, const Tensor& lse, int64_t wanted) {
+                             const Tensor& out, const Tensor& lse, const Tensor& normalizer,
+                             int64_t wanted) {
   const AttentionArguments in(query, key, value, bias, sink, key_weight, query_weight, seed,
                               mask_program, mask_ints, mask_tensors, scale, softcap, dropout_p);
   const int64_t D = query.size(3), Dv = value.size(3);
@@ -27,12 +28,14 @@ Gradients attention_backward(const Tensor& query, const Tensor& key, const Tenso
   check(out, {in.B, in.Nq, in.Hq, Dv}, type);
   if (grad_out) check(*grad_out, {in.B, in.Nq, in.Hq, Dv}, type);
   check(lse, {in.B, in.Hq, in.Nq}, wide);
+  check(normalizer, {in.B, in.Hq, 2, in.Nq}, wide);
   if (grad_lse) check(*grad_lse, {in.B, in.Hq, in.Nq}, wide);
   if (grad_sums) check(*grad_sums, {in.B, in.Hq, in.Nk}, wide);
   const auto whole = [](const OptionalTensor& t) {
     return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
   };
   const OptionalTensor lse_whole = whole(lse), lse_up = whole(grad_lse), sums_up = whole(grad_sums);
+  const OptionalTensor divisor = whole(normalizer);
 
   const auto result = [&](int n, bool exists, std::vector<int64_t> shape, ScalarType dtype) {
     const bool made = exists && (wanted >> n & 1);
@@ -60,9 +63,10 @@ Gradients attention_backward(const Tensor& query, const Tensor& key, const Tenso
                             t.stride(2), t.stride(1), t.stride(3)};
     };
     const auto wide_data = [](const OptionalTensor& t) { return t ? data<A>(*t) : nullptr; };
-    const BackwardUpstream<T> upstream{by_rows(out),
-                                       grad_out ? by_rows(*grad_out) : Heads<const T>{},
-                                       wide_data(lse_whole), wide_data(lse_up), wide_data(sums_up)};
+    const BackwardUpstream<T> upstream{
+        by_rows(out),         grad_out ? by_rows(*grad_out) : Heads<const T>{},
+        wide_data(lse_whole), wide_data(lse_up),
+        wide_data(sums_up),   wide_data(divisor)};
     const auto wants = [&](int n, bool exists) { return exists && (wanted >> n & 1); };
     const BackwardResults<T> results{
         wants(0, true) ? mutable_data<T>(std::get<0>(grads)) : nullptr,
@@ -82,9 +86,10 @@ Gradients attention_backward(const Tensor& query, const Tensor& key, const Tenso
 }  // namespace
 
 WEFT_CPU_SCHEMAS(m) {
-  m.def("attention_backward(" WEFT_ATTENTION_SCHEMA
-        ", Tensor? grad_out, Tensor? grad_lse, Tensor? grad_sums, Tensor out, Tensor lse, int "
-        "wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_backward(" WEFT_ATTENTION_SCHEMA
+      ", Tensor? grad_out, Tensor? grad_lse, Tensor? grad_sums, Tensor out, Tensor lse, "
+      "Tensor normalizer, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 WEFT_CPU_KERNELS(m) { m.impl("attention_backward", TORCH_BOX(&attention_backward)); }
 

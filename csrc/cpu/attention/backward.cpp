@@ -163,7 +163,7 @@ void AttentionBackward<T>::load_queries(const Place& at, Workspace& w) {
     w.grad_out.load(grad_out, at.q0, at.nq, q.live, w.memory[7]);
   }
   for (int64_t r = 0; r < q.lanes; ++r) {
-    w.delta[r] = q.shift[r] = q.share[r] = q.offset[r] = q.weight[r] = 0;
+    w.delta[r] = q.shift[r] = q.inverse[r] = q.share[r] = q.offset[r] = q.weight[r] = 0;
     if (!(q.live >> r & 1)) continue;
     const int64_t i = at.q0 + r;
     if (grad_out.data && grad_out.col_stride == 1 && out.col_stride == 1)
@@ -171,7 +171,8 @@ void AttentionBackward<T>::load_queries(const Place& at, Workspace& w) {
     else if (grad_out.data)
       for (int64_t d = 0; d < p_.Dv; ++d) w.delta[r] += A(*grad_out.at(i, d)) * A(*out.at(i, d));
     const A lse = up_.lse[first + r];
-    q.shift[r] = -lse;
+    const A* normalizer = up_.normalizer + 2 * (first - at.q0) + i;
+    q.shift[r] = -normalizer[0], q.inverse[r] = 1 / normalizer[p_.Nq];
     q.share[r] = p_.sink ? 1 / (1 + std::exp(p_.sink[at.h] - lse)) : A(1);
     q.weight[r] = p_.query_weight ? p_.query_weight(at.b, at.h)[i] : A(1);
   }

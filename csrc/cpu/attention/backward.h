@@ -17,6 +17,7 @@ struct BackwardUpstream {
   using A = Acc<T>;
   Heads<const T> out, grad_out;         // (B, Hq, Nq, Dv)
   const A *lse, *grad_lse, *grad_sums;  // (B, Hq, Nq), the last (B, Hq, Nk)
+  const A* normalizer;                  // (B, Hq, 2, Nq): m and the sum of u e^(S - m)
 };
 
 // Where the gradients go; null if they are not wanted. Those of tokens are (B, N, H, D).

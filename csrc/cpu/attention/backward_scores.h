@@ -14,11 +14,12 @@ namespace weft {
 // What the queries of a tile know; 0 for those that see no key or do not exist.
 template <typename A>
 struct QueryLanes {
-  alignas(64) A shift[kTile];   // -lse, and the bias of queries
-  alignas(64) A share[kTile];   // r, the part of the sink excluded
-  alignas(64) A offset[kTile];  // dlse - r delta
-  alignas(64) A weight[kTile];  // w of the key sums
-  uint64_t live = 0;            // those that see a key
+  alignas(64) A shift[kTile];    // -m, and the bias of queries
+  alignas(64) A inverse[kTile];  // 1 / sum of u e^(S - m)
+  alignas(64) A share[kTile];    // r, the part of the sink excluded
+  alignas(64) A offset[kTile];   // dlse - r delta
+  alignas(64) A weight[kTile];   // w of the key sums
+  uint64_t live = 0;             // those that see a key
   int64_t count = 0, lanes = 0;
 };
 
@@ -96,7 +97,8 @@ struct ScoreTile {
     if constexpr (kMasked)
       x = select(lanes_from_bits<A>(word >> v), x, Vec<A>(-std::numeric_limits<A>::infinity()));
     // Beside a weight near 0 the others may leave e too large for the quicker function.
-    return kGeneral && key_weight ? exp(x) : exp_or_zero(x);
+    const Vec<A> e = kGeneral && key_weight ? exp(x) : exp_or_zero(x);
+    return e * Vec<A>::load(q.inverse + v);
   }
 
   template <bool kGeneral, bool kMasked>

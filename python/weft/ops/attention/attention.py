@@ -120,7 +120,7 @@ def attention(
     numbers = (float(scale), float(softcap), float(dropout_p))
     x = Inputs(query, key, value, bias, sink, key_weight, query_weight, seed, program, *numbers)
     run = formula.attention if transformed() else _run
-    out, lse, sums = run(x, return_key_sums)
+    out, lse, sums, _ = run(x, return_key_sums)
     results = [out.transpose(1, 2)]
     results += [lse] * return_lse + [sums] * return_key_sums
     if one_head:
@@ -128,7 +128,7 @@ def attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _run(x: Inputs, key_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run(x: Inputs, key_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return forward(*arguments_of(x), key_sums)
 
 
@@ -140,6 +140,7 @@ def _fake(query, key, value, *rest):
         query.new_empty(B, Nq, Hq, value.shape[3]),
         query.new_empty(B, Hq, Nq, dtype=wide),
         query.new_empty(sums, dtype=wide),
+        query.new_empty(B, Hq, 2, Nq, dtype=wide),
     )
 
 
@@ -149,7 +150,7 @@ def _reference(*args):
 
 
 def _upstream(args: tuple) -> Upstream:
-    grad_out, grad_lse, grad_sums, out, lse, _ = args[COUNT:]
+    grad_out, grad_lse, grad_sums, out, lse, _, _ = args[COUNT:]
     return Upstream(out, lse, grad_out, grad_lse, grad_sums)
 
 
@@ -189,7 +190,7 @@ def _heads_up_to(largest: int) -> Callable:
 
 forward = Op(
     "attention",
-    f"({SCHEMA}, bool key_sums) -> (Tensor, Tensor, Tensor)",
+    f"({SCHEMA}, bool key_sums) -> (Tensor, Tensor, Tensor, Tensor normalizer)",
     family="attention",
     fake=_fake,
     implementations=[
@@ -201,7 +202,7 @@ forward = Op(
 backward = Op(
     "attention_backward",
     f"({SCHEMA}, Tensor? grad_out, Tensor? grad_lse, Tensor? grad_sums, Tensor out, Tensor lse, "
-    "int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor normalizer, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     family="attention",
     fake=_fake_backward,
     implementations=[
@@ -234,14 +235,15 @@ def _no_gradients(args: tuple, more: int) -> list:
 
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    out, lse, _ = output
+    out, lse, _, normalizer = output
+    ctx.mark_non_differentiable(normalizer)
     ctx.matrices = len(inputs[10])
-    _save(ctx, inputs, out, lse)
+    _save(ctx, inputs, out, lse, normalizer)
     ctx.key_sums = inputs[COUNT]
 
 
-def _gradient(ctx, grad_out, grad_lse, grad_sums):
-    args, (out, lse) = _saved(ctx)
+def _gradient(ctx, grad_out, grad_lse, grad_sums, _):
+    args, results = _saved(ctx)
     result = _no_gradients(args, 1)
     if grad_out is None and grad_lse is None and grad_sums is None:
         return tuple(result)
@@ -249,7 +251,7 @@ def _gradient(ctx, grad_out, grad_lse, grad_sums):
     if not wanted:
         return tuple(result)
     grad_sums = grad_sums if ctx.key_sums else None
-    grads = backward(*args, grad_out, grad_lse, grad_sums, out, lse, wanted)
+    grads = backward(*args, grad_out, grad_lse, grad_sums, *results, wanted)
     for n, grad in enumerate(grads):
         if wanted >> n & 1:
             result[n] = grad.transpose(1, 2) if n < 3 else grad
@@ -269,14 +271,14 @@ def _setup_backward(ctx, inputs, output):
 
 def _gradient_backward(ctx, *grads):
     args, upstream = _saved(ctx)
-    result = _no_gradients(args, 6)
+    result = _no_gradients(args, 7)
     if all(g is None or not ctx.wanted >> n & 1 for n, g in enumerate(grads)):
         return tuple(result)
     positions = {name: n for n, name in enumerate(_DIFFERENTIABLE)}
     positions |= {name: COUNT + n for n, name in enumerate(_OF_UPSTREAM)}
     asked = frozenset(name for name, n in positions.items() if ctx.needs_input_grad[n])
     given = tuple(g if ctx.wanted >> n & 1 else None for n, g in enumerate(grads))
-    grad_out, grad_lse, grad_sums, out, lse = upstream
+    grad_out, grad_lse, grad_sums, out, lse, _ = upstream
     up = Upstream(out, lse, grad_out, grad_lse, grad_sums)
     second = formula.attention_double_backward(inputs_of(args), up, given, asked)
     for name, grad in second.items():

@@ -143,15 +143,17 @@ def dropout(x: Inputs, rows: slice) -> Tensor | None:
     return wide(z.to(x.query.dtype)) / (1 - x.dropout_p)
 
 
-def attention(x: Inputs, key_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """O (B, Nq, Hq, Dv) in the dtype of the query; lse (B, Hq, Nq) and the key sums (B, Hq, Nk), or
-    empty, in the dtype of sums."""
+def attention(x: Inputs, key_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """O (B, Nq, Hq, Dv) in the dtype of the query; in the dtype of sums lse (B, Hq, Nq), the key
+    sums (B, Hq, Nk) or empty, and (B, Hq, 2, Nq): a number m_i near the largest score and
+    Σ_j u_j exp(S_ij − m_i), 0 and 0 where there is none. A kernel's backward may divide by that:
+    the rounding of lse costs P a digit."""
     full = prepared(x, seen_keys(x))
     parts = [_attention_tile(full.rows(r), x.allowed(r), dropout(x, r)) for r in x.tiles()]
-    out, lse, sums = zip(*parts, strict=True)
+    out, lse, sums, normalizer = zip(*parts, strict=True)
     out = torch.cat([o.transpose(1, 2) for o in out], 1).to(x.query.dtype)
     total = sum(sums[1:], sums[0]) if key_sums else out.new_empty(0, dtype=lse[0].dtype)
-    return out, torch.cat(lse, 2), total
+    return out, torch.cat(lse, 2), total, torch.cat(normalizer, 3)
 
 
 def _attention_tile(x: Inputs, allowed: Tensor | None, z: Tensor | None):
@@ -170,7 +172,8 @@ def _attention_tile(x: Inputs, allowed: Tensor | None, z: Tensor | None):
     p = e / total.masked_fill(empty, 1)[..., None]
     out = (p if z is None else p * z) @ x.value
     sums = p.sum(2) if x.query_weight is None else (p * x.query_weight[..., None]).sum(2)
-    return out, lse, sums
+    normalizer = torch.stack([highest.masked_fill(empty, 0), own.masked_fill(empty, 0)], 2)
+    return out, lse, sums, normalizer.detach()
 
 
 @dataclass(frozen=True)
