@@ -162,18 +162,19 @@ void AttentionBackward<T>::load_queries(const Place& at, Workspace& w) {
     grad_out = up_.grad_out(at.b, at.h);
     w.grad_out.load(grad_out, at.q0, at.nq, q.live, w.memory[7]);
   }
+  std::fill_n(w.delta, kTile, A(0));
+  if (grad_out.data) row_products(grad_out, out, at.q0, at.nq, w.delta);
   for (int64_t r = 0; r < q.lanes; ++r) {
-    w.delta[r] = q.shift[r] = q.inverse[r] = q.share[r] = q.offset[r] = q.weight[r] = 0;
-    if (!(q.live >> r & 1)) continue;
+    q.shift[r] = q.inverse[r] = q.share[r] = q.offset[r] = q.weight[r] = 0;
+    if (!(q.live >> r & 1)) {
+      w.delta[r] = 0;
+      continue;
+    }
     const int64_t i = at.q0 + r;
-    if (grad_out.data && grad_out.col_stride == 1 && out.col_stride == 1)
-      w.delta[r] = row_dot<A>(grad_out.at(i, 0), out.at(i, 0), p_.Dv);
-    else if (grad_out.data)
-      for (int64_t d = 0; d < p_.Dv; ++d) w.delta[r] += A(*grad_out.at(i, d)) * A(*out.at(i, d));
-    const A lse = up_.lse[first + r];
     const A* normalizer = up_.normalizer + 2 * (first - at.q0) + i;
     q.shift[r] = -normalizer[0], q.inverse[r] = 1 / normalizer[p_.Nq];
-    q.share[r] = p_.sink ? 1 / (1 + std::exp(p_.sink[at.h] - lse)) : A(1);
+    const A of_sink = p_.sink ? std::exp(p_.sink[at.h] - normalizer[0]) : A(0);
+    q.share[r] = std::isinf(of_sink) ? A(0) : normalizer[p_.Nq] / (normalizer[p_.Nq] + of_sink);
     q.weight[r] = p_.query_weight ? p_.query_weight(at.b, at.h)[i] : A(1);
   }
   if (bias_.kind() == BiasKind::of_queries) {

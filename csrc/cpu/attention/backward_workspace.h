@@ -1,18 +1,38 @@
 // What a thread of the backward keeps between tiles, and rows that are too short for a function.
 #pragma once
 #include "common/reduce.h"
+#include "common/transpose.h"
 #include "cpu/attention/backward.h"
 
 namespace weft {
 
+// products[r] = Σ_d x[first + r, d] y[first + r, d] for r < n, at most kTile, in one chain of
+// multiply-adds in the order of d, as the products of tiles are: where a query sees one key alone,
+// its dP - δ is exactly 0.
 template <typename A, typename T>
-inline A row_dot(const T* x, const T* y, int64_t n) {
+inline void row_products(Matrix<T> x, Matrix<T> y, int64_t first, int64_t n, A* products) {
   constexpr int64_t W = Vec<A>::size;
-  Vec<A> sum;
-  int64_t d = 0;
-  for (; d + W <= n; d += W) sum = fma(Vec<A>::load(x + d), Vec<A>::load(y + d), sum);
-  if (d < n) sum = fma(Vec<A>::load(x + d, n - d), Vec<A>::load(y + d, n - d), sum);
-  return reduce_sum(sum);
+  if (x.col_stride != 1 || y.col_stride != 1) {
+    for (int64_t r = 0; r < n; ++r) {
+      products[r] = 0;
+      for (int64_t d = 0; d < x.cols; ++d)
+        products[r] = std::fma(A(*x.at(first + r, d)), A(*y.at(first + r, d)), products[r]);
+    }
+    return;
+  }
+  alignas(64) A columns[2][W * W];
+  for (int64_t r = 0; r < n; r += W) {
+    const int rows = int(std::min(W, n - r));
+    Vec<A> sum;
+    for (int64_t d = 0; d < x.cols; d += W) {
+      const int width = int(std::min(W, x.cols - d));
+      transpose_tile<A>(x.at(first + r, d), x.row_stride, rows, width, columns[0], W, int(W));
+      transpose_tile<A>(y.at(first + r, d), y.row_stride, rows, width, columns[1], W, int(W));
+      for (int j = 0; j < width; ++j)
+        sum = fma(Vec<A>::load(columns[0] + j * W), Vec<A>::load(columns[1] + j * W), sum);
+    }
+    sum.store(products + r);
+  }
 }
 
 // y = scale x.

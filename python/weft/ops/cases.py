@@ -81,6 +81,8 @@ class OpCases:
 
     ``plain`` is the formula as a PyTorch user would write it, with the arguments of the function:
     the yardstick of accuracy and time. An op that is not differentiable, or not twice, says so.
+    ``torch_op`` is PyTorch's own op for the same, where there is one: its errors count as plain
+    PyTorch's too. It raises ``NotImplementedError`` for options that it lacks.
     ``dtypes`` are those of its first argument.
     """
 
@@ -92,6 +94,7 @@ class OpCases:
     differentiable: bool = True
     transformable: bool = True  # works under torch.func
     dtypes: frozenset[torch.dtype] = FLOATS
+    torch_op: Callable | None = None
 
     def dtype_near(self, dtype: torch.dtype) -> torch.dtype:
         """This dtype, or one that it does take."""

@@ -10,6 +10,7 @@ from weft.ops.attention.cases.inputs import (
     scattered,
     split_heads,
     tokens,
+    torch_attention,
     with_more,
 )
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
@@ -214,4 +215,4 @@ BAD = [
     _bad(ValueError, "must have .1, 1. blocks", mask=masks.Blocks(torch.ones(2, 1).bool(), 8)),
 ]
 
-CASES = [OpCases("attention", plain_attention, SAMPLES, WORKLOADS, BAD)]
+CASES = [OpCases("attention", plain_attention, SAMPLES, WORKLOADS, BAD, torch_op=torch_attention)]

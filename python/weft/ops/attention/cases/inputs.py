@@ -101,6 +101,26 @@ def plain_attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def torch_attention(query, key, value, *, mask=None, bias=None, return_lse=False, **options):
+    """F.scaled_dot_product_attention, with the log-sum-exp beside it."""
+    scale, enable_gqa = options.pop("scale", None), options.pop("enable_gqa", False)
+    if options:
+        raise NotImplementedError(f"it has no {', '.join(options)}")
+    shape = (*query.shape[:-1], key.shape[-2])
+    attn_mask = bias.to_dense() if isinstance(bias, Bias) else bias
+    if mask is not None:
+        allowed = mask.to_dense(shape, query.device) if isinstance(mask, Mask) else mask
+        zero = query.new_zeros(()) if attn_mask is None else attn_mask
+        attn_mask = torch.where(allowed, zero, -torch.inf)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa
+    )
+    if not return_lse:
+        return out
+    _, lse = plain_attention(query, key, value, mask=mask, bias=bias, scale=scale, return_lse=True)
+    return out, lse
+
+
 def discs(queries: int, side: int, share: float) -> Tensor:
     """(queries, side²) bool: a disc of this share of a map for each query, at fixed places."""
     generator = torch.Generator().manual_seed(3)
