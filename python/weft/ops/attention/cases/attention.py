@@ -50,7 +50,7 @@ SAMPLES = [
     Sample("no_queries", tokens(2, 2, 0, 3, 4), {"scale": 0.5}),
     Sample(
         "one_head",
-        lambda dtype, device: tuple(t[:, 0] for t in tokens(2, 1, 3, 4, 5)(dtype, device)),
+        lambda dtype, device: tuple(t[:, 0] for t in tokens(3, 1, 13, 17, 5)(dtype, device)),
         {"scale": 0.5},
     ),
     Sample(
@@ -74,8 +74,8 @@ SAMPLES = [
     ),
     Sample(
         "dense_mask",
-        tokens(2, 2, 9, 70, 4),
-        {"mask": _pattern(2, 1, 9, 70), "return_lse": True},
+        tokens(2, 2, 19, 70, 8),
+        {"mask": _pattern(2, 1, 19, 70), "return_lse": True},
     ),
     Sample("padding", tokens(2, 2, 20, 20, 8), {"mask": masks.Lengths(key=torch.tensor([0, 13]))}),
     Sample("window", tokens(1, 2, 90, 90, 8), {"mask": masks.Window(7, 3)}),
