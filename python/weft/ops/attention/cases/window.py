@@ -39,7 +39,7 @@ SAMPLES = [
         keywords=("bias",),
     ),
     Sample(
-        "swin", _swin(8, 3, 49, 16), {"region_ids": shifted_regions(14, 7, 3)}, keywords=("bias",)
+        "swin", _swin(4, 2, 49, 16), {"region_ids": shifted_regions(14, 7, 3)}, keywords=("bias",)
     ),
 ]
 
