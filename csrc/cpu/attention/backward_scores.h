@@ -1,6 +1,7 @@
 // The pointwise part of the backward on a tile, queries in the lanes: from the products of keys
 // and queries and the gradient of the weights to weights and gradients of scores,
-//   e = exp(S - lse),   dS = u e (r (dP - delta) + dlse),   P = r u e,
+//   e = exp(S - m) / l,   dS = u e (r (dP - delta) + dlse),   P = r u e,
+// with m and l = sum u exp(S - m) from the forward,
 // written in the element type of the matrix products.
 #pragma once
 #include "common/bits.h"
