@@ -135,12 +135,12 @@ def largest_error(found: Tensor, truth: Tensor) -> float:
     return float(difference.abs().max()) if truth.numel() else 0.0
 
 
-def ulps(found: Tensor, truth: Tensor) -> float:
+def ulps(found: Tensor, truth: Tensor, dtype: torch.dtype | None = None) -> float:
     """The largest error, in units of the last place of the largest truth."""
     if not truth.is_floating_point() or not truth.numel():
         return 0.0
     largest = float(torch.where(truth.isfinite(), truth, 0).abs().max())
-    return largest_error(found, truth) / (torch.finfo(found.dtype).eps * largest or 1.0)
+    return largest_error(found, truth) / (torch.finfo(dtype or found.dtype).eps * largest or 1.0)
 
 
 def assert_accurate(found: Tensor, truth: Tensor, plain_ulps: float, factor: float) -> None:
@@ -153,23 +153,29 @@ def assert_accurate(found: Tensor, truth: Tensor, plain_ulps: float, factor: flo
         assert error <= max(factor * plain_ulps, 2), (error, plain_ulps)
 
 
-def errors_of_plain(call: Call, truth: Call, results: int) -> tuple[float, float]:
-    """Of plain PyTorch in the dtype of ``call``, in ulp: the largest of all results and of all
-    gradients. That of a single small tensor is a matter of luck."""
+def errors_of_plain(call: Call, truth: Call, dtypes: list[torch.dtype], results: int):
+    """Of plain PyTorch for each result and gradient, in ulp of the dtypes: its own error, or the
+    largest of all results, or of all gradients, that plain PyTorch computes in the same dtype. The
+    largest error of one small tensor is a matter of luck."""
     with weft.use("reference"):
-        exact = itertools.chain(*values_and_gradients(truth))
-    exact = list(exact)
-    errors = []
+        exact = list(itertools.chain(*values_and_gradients(truth)))
+    largest = [0.0] * len(exact)
     for function in (call.cases.plain, call.cases.torch_op):
         if function is None:
             continue
         try:
-            plain = itertools.chain(*values_and_gradients(call, function))
+            plain = list(itertools.chain(*values_and_gradients(call, function)))
         except NotImplementedError:
             continue
-        errors.append([ulps(one, two) for one, two in zip(plain, exact, strict=True)])
-    largest = [max(e for e in column if e == e) for column in zip(*errors, strict=True)]
-    return max(largest[:results], default=0.0), max(largest[results:], default=0.0)
+        errors = list(map(ulps, plain, exact, dtypes))
+        for part in (slice(0, results), slice(results, None)):
+            same = zip(plain[part], dtypes[part], errors[part], strict=True)
+            shared = max((e for t, dtype, e in same if t.dtype == dtype and e == e), default=0.0)
+            of_part = zip(largest[part], errors[part], plain[part], dtypes[part], strict=True)
+            largest[part] = [
+                max(before, shared if t.dtype == dtype else e) for before, e, t, dtype in of_part
+            ]
+    return largest
 
 
 def check_accuracy(call: Call, run) -> None:
@@ -182,18 +188,19 @@ def check_accuracy(call: Call, run) -> None:
     truth_call = call.in_dtype(torch.float64)
     with weft.use("reference"):
         truth, truth_grads = values_and_gradients(truth_call)
-    calls = [(call, truth_call)]
-    if exact:
-        single = call.in_dtype(torch.float32)
-        calls.append((single, single.in_dtype(torch.float64)))
-    of_plain = [errors_of_plain(one, two, len(truth)) for one, two in calls]
-    of_results, of_gradients = (max(column) for column in zip(*of_plain, strict=True))
     before = [a.clone() for a in tensors(call.args)]
     with run, poisoned_memory():
         found, grads = values_and_gradients(call)
-    for tensor, expected in zip(found, truth, strict=True):
-        assert_accurate(tensor, expected, of_results, 2 + exact)
-    for tensor, expected in zip(grads, truth_grads, strict=True):
-        assert_accurate(tensor, expected, of_gradients, 3 + exact)
+    all_found, all_true = found + grads, truth + truth_grads
+    dtypes = [t.dtype for t in all_found]
+    of_plain = errors_of_plain(call, truth_call, dtypes, len(found))
+    if exact:
+        single = call.in_dtype(torch.float32)
+        halves = [torch.float32 if d == torch.float64 else d for d in dtypes]
+        other = errors_of_plain(single, single.in_dtype(torch.float64), halves, len(found))
+        of_plain = list(map(max, of_plain, other))
+    factors = [2 + exact] * len(found) + [3 + exact] * len(grads)
+    for result in zip(all_found, all_true, of_plain, factors, strict=True):
+        assert_accurate(*result)
     for now, then in zip(tensors(call.args), before, strict=True):
         assert torch.equal(now.nan_to_num(), then.nan_to_num()), "an input was modified"

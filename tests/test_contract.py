@@ -52,7 +52,7 @@ def test_accuracy(cases, sample, implementation, dtype):
     check_accuracy(call, running(implementation))
 
 
-@pytest.mark.parametrize("implementation", EVERYWHERE)
+@pytest.mark.parametrize("implementation", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize("cases, sample", DIFFERENTIABLE, ids=name_of)
 def test_gradcheck(cases, sample, implementation):
     call = call_for(implementation, cases, sample, torch.float64)
