@@ -102,6 +102,16 @@ def _work(B, H, Nq, Nk, D, pairs: float = 1.0) -> dict:
     }
 
 
+def _with_class_token(make, B: int, N: int):
+    """Also the query weights (B, 1, N) that pick the first token."""
+
+    def more(dtype, device):
+        first = torch.eye(N, device=device, dtype=dtype)[:1]
+        return *make(dtype, device), first.repeat(B, 1, 1)
+
+    return more
+
+
 WORKLOADS = [
     Workload(
         "vit 8x12x197x64", split_heads(8, 12, 197, 64), **_work(8, 12, 197, 197, 64), quick=True
@@ -115,11 +125,9 @@ WORKLOADS = [
     Workload("dinov2 1x12x1370x64", split_heads(1, 12, 1370, 64), **_work(1, 12, 1370, 1370, 64)),
     Workload(
         "vit, class token scores",
-        split_heads(8, 12, 197, 64),
-        options={
-            "return_key_sums": True,
-            "query_weight": torch.eye(197)[:1].expand(8, 1, 197),
-        },
+        _with_class_token(split_heads(8, 12, 197, 64), 8, 197),
+        options={"return_key_sums": True},
+        keywords=("query_weight",),
         **_work(8, 12, 197, 197, 64),
     ),
     Workload(
