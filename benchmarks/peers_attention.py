@@ -1,6 +1,7 @@
 """Peers of the attention family, each with the arguments of our functions."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def dense_mask(mask, query: Tensor, key: Tensor) -> Tensor | None:
 def plain_only(return_lse=False, return_key_sums=False, **options) -> None:
     asked = [v for v in options.values() if isinstance(v, Tensor) or v]
     if return_lse or return_key_sums or asked:
-        raise NotImplementedError("it has no such option")
+        raise NotImplementedError("it has no key sums, log-sum-exp, sinks, weights or softcap")
 
 
 def sdpa(backend: SDPBackend | None) -> Callable:
@@ -34,16 +35,10 @@ def sdpa(backend: SDPBackend | None) -> Callable:
         if bias is not None:
             bias = bias.to_dense() if isinstance(bias, Bias) else bias
             attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -torch.inf)
-        run = lambda: F.scaled_dot_product_attention(  # noqa: E731
-            query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa
-        )
-        if backend is None:
-            return run()
-        with sdpa_kernel(backend):
-            try:
-                return run()
-            except RuntimeError as error:
-                raise NotImplementedError(str(error).splitlines()[0]) from error
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa
+            )
 
     return attention
 

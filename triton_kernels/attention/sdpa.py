@@ -1,7 +1,6 @@
 """PyTorch's own kernels, where they do exactly what is asked: long dense heads, half precision.
 
-A Triton kernel reaches about three quarters of them there. Of what they save, out and lse are all
-that the backward needs without dropout.
+Of what they save, out and lse are all that the backward needs without dropout.
 """
 
 import torch
