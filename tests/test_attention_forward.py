@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif("cpu" in native.missing, reason="without the nat
 
 # In half precision the weights are rounded for the second product, as those of PyTorch are; in
 # float64 the oracle has errors of its own.
-ULPS = {torch.float64: 128, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+ULPS = {torch.float64: 16, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 @pytest.fixture(autouse=True)
