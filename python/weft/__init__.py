@@ -22,12 +22,15 @@ from weft.ops.pairwise.subspace_project import subspace_project
 from weft.ops.stats.moments import SegmentStats
 from weft.ops.stats.segment_stats import segment_stats
 from weft.ops.stats.whitening import Whitening, whitening
+from weft.ops.transport.result import NotConverged
+from weft.ops.transport.sinkhorn import sinkhorn
 from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
     "DistanceBias",
     "LowRankBias",
     "ManifoldParameter",
+    "NotConverged",
     "PairMask",
     "RelativeBias",
     "SegmentStats",
@@ -54,6 +57,7 @@ __all__ = [
     "prototype_similarity",
     "relative_bias",
     "segment_stats",
+    "sinkhorn",
     "subspace_logits",
     "subspace_project",
     "use",

@@ -95,6 +95,8 @@ class OpCases:
     transformable: bool = True  # works under torch.func
     dtypes: frozenset[torch.dtype] = FLOATS
     torch_op: Callable | None = None
+    # Of a result that is an object, the tensors that are compared; ``plain`` returns those.
+    result: Callable = lambda found: found  # noqa: E731
 
     def dtype_near(self, dtype: torch.dtype) -> torch.dtype:
         """This dtype, or one that it does take."""

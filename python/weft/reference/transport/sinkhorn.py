@@ -1,0 +1,148 @@
+"""Sinkhorn's iterations in the log domain, for any cost that can give soft minima.
+
+The problem: P minimises ⟨P, C⟩ + ε KL(P | a bᵀ) + ρ_a KL(P 1 | a) + ρ_b KL(Pᵀ 1 | b), an infinite ρ
+being a constraint. P_ij = a_i b_j e^((f_i + g_j − C_ij) / ε), and with λ = ρ / (ρ + ε)
+
+    f_i ← −λ_a ε log Σ_j b_j e^((g_j − C_ij) / ε)      g_j ← −λ_b ε log Σ_i a_i e^((f_i − C_ij) / ε)
+
+A row without a finite entry of positive weight has f_i = −∞ and moves nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHECK = 20  # iterations between decisions on the relaxation
+STALLED = 0.95  # of the error over so many iterations is no progress
+LARGEST_FACTOR = 1.97
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``tolerance`` < 0 runs all iterations; ``relax`` allows factors above 1."""
+
+    rho_a: float
+    rho_b: float
+    max_iterations: int
+    tolerance: float
+    relax: bool
+    has_border: bool = False
+
+
+def solve(
+    softmin_rows: Callable[[Tensor], Tensor],
+    softmin_columns: Callable[[Tensor], Tensor],
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    damping_a: Tensor,
+    damping_b: Tensor,
+    start: Tensor | None,
+    settings: Settings,
+    stops: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f (B, N), g (B, M), error (B,), iterations (B,) int64.
+
+    ``softmin_rows(g)`` is −ε log Σ_j b_j e^((g_j − C_ij) / ε), +∞ where nothing is summed;
+    ``damping_*`` are the λ of each row and column. The error is the L1 distance of the marginals of
+    the plan of (f, g before its update): the rows are met exactly unless relaxed, the columns are
+    those that the update changes; that of (f, g) itself is no larger. Each problem of the batch
+    stops by itself; without ``stops`` the loop asks no tensor for a number.
+
+    Relaxation: after CHECK iterations the rate r of the error gives ω = 2 / (1 + √(1 − r)). An
+    error that does not shrink sets ω back to 1, and the next one is chosen smaller.
+    """
+    eps = epsilon[:, None]
+    s = settings
+    g = torch.zeros_like(b) if start is None else start
+    f = torch.zeros_like(a)
+    one = torch.ones_like(epsilon)
+    error, active = torch.full_like(epsilon, torch.inf), torch.ones_like(epsilon, dtype=torch.bool)
+    iterations = torch.zeros_like(epsilon, dtype=torch.int64)
+    omega, cap, halfway, checked = one, one * LARGEST_FACTOR, error, error
+    for count in range(1, s.max_iterations + 1):
+        best_f = potential(damping_a * softmin_rows(g))
+        new_f = relaxed(f, best_f, omega) if s.relax else best_f
+        best_g = potential(damping_b * softmin_columns(new_f))
+        new_g = relaxed(g, best_g, omega) if s.relax else best_g
+        if s.rho_a < torch.inf and s.rho_b < torch.inf and not s.has_border:
+            new_f, new_g = translated(new_f, new_g, a, b, s.rho_a, s.rho_b)
+            best_g = new_g
+        new_error = change(g, best_g, b, eps)
+        if s.relax:
+            new_error = torch.maximum(new_error, change(new_f, best_f, a, eps))
+        f = torch.where(active[:, None], new_f, f)
+        g = torch.where(active[:, None], new_g, g)
+        error = torch.where(active, new_error, error)
+        iterations = iterations + active
+        if s.tolerance >= 0:
+            met = error <= s.tolerance
+            active = active & ~(met & (omega == 1))
+            omega = torch.where(met, one, omega)
+            if count % CHECK == CHECK // 2:
+                halfway = error
+            if count % CHECK == 0:
+                stalled = error > STALLED * checked
+                floor = torch.finfo(a.dtype).eps * (16 + 2 * finite(g).abs().amax(-1) / epsilon)
+                active = active & ~(stalled & (omega == 1) & (error <= floor))
+                if s.relax:
+                    cap = torch.where(stalled & (omega > 1), 1 + 0.7 * (cap - 1), cap)
+                    rate = (error / halfway).clamp(0, 1) ** (2 / CHECK)
+                    factor = torch.minimum(2 / (1 + (1 - rate).sqrt()), cap)
+                    restart = (omega == 1) & ~met & (error > 10 * s.tolerance)
+                    omega = torch.where(restart, factor, torch.where(stalled, one, omega))
+                checked = error
+            if stops and not active.any():
+                break
+    return f, g, error, iterations
+
+
+def potential(softmin: Tensor) -> Tensor:
+    """−∞ in place of the +∞ of an empty sum."""
+    return torch.where(softmin == torch.inf, -torch.inf, softmin)
+
+
+def relaxed(old: Tensor, best: Tensor, omega: Tensor) -> Tensor:
+    moved = finite(old) + omega[:, None] * (finite(best) - finite(old))
+    return torch.where((omega[:, None] == 1) | best.isinf(), best, moved)
+
+
+def translated(
+    f: Tensor, g: Tensor, a: Tensor, b: Tensor, rho_a: float, rho_b: float
+) -> tuple[Tensor, Tensor]:
+    """The best (f + t, g − t) of an unbalanced problem; points far away need it to converge.
+
+    Source: Séjourné, Vialard and Peyré, "Faster Unbalanced Optimal Transport: Translation invariant
+    Sinkhorn and 1-D Frank-Wolfe", 2022."""
+    mass = lambda w, p, rho: torch.logsumexp(log_weight(w) - finite(p) / rho, -1)  # noqa: E731
+    shift = rho_a * rho_b / (rho_a + rho_b) * (mass(a, f, rho_a) - mass(b, g, rho_b))
+    shift = finite(shift)[:, None]
+    return f + shift, g - shift
+
+
+def change(old: Tensor, new: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """Σ w |e^((old − new) / ε) − 1|: what a constraint is missed by; all of w where p is −∞."""
+    missed = torch.expm1((finite(old) - finite(new)) / eps).abs()
+    missed = torch.where(new == -torch.inf, 1, missed)
+    return torch.where(weight > 0, weight * missed, 0).sum(-1)
+
+
+def finite(x: Tensor) -> Tensor:
+    """0 in place of infinities: where a potential is −∞ there is nothing to count."""
+    return torch.where(x.isinf(), 0, x)
+
+
+def log_weight(weight: Tensor) -> Tensor:
+    """log w; −∞ without a gradient where w is 0."""
+    some = weight != 0
+    return torch.where(some, torch.where(some, weight, 1).log(), -torch.inf)
+
+
+def damping(rho: float, epsilon: Tensor, count: int, border: bool) -> Tensor:
+    """λ of each of ``count`` rows or columns, (B, count); the last is exact if it is a dustbin."""
+    eps = epsilon[:, None]
+    factor = torch.ones_like(eps) if rho == torch.inf else rho / (rho + eps)
+    factor = factor.expand(-1, count)
+    return torch.cat([factor[:, :-1], torch.ones_like(eps)], 1) if border else factor
