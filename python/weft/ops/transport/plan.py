@@ -4,6 +4,7 @@ from torch import Tensor
 
 from weft.ops.registration import (
     Op,
+    cpu,
     reference,
     register_gradient,
     register_gradient_by_reference,
@@ -46,7 +47,7 @@ plan = Op(
     f"({SCHEMA}, Tensor f, Tensor g, bool log) -> Tensor",
     family="transport",
     fake=_fake_plan,
-    implementations=[reference(_reference_plan)],
+    implementations=[cpu("transport_plan"), reference(_reference_plan)],
 )
 plan_backward = Op(
     "transport_plan_backward",
@@ -54,7 +55,7 @@ plan_backward = Op(
     f"({GRADIENTS}, Tensor grad_f, Tensor grad_g)",
     family="transport",
     fake=_fake_plan_backward,
-    implementations=[reference(_formula_plan_backward)],
+    implementations=[cpu("transport_plan_backward"), reference(_formula_plan_backward)],
 )
 
 
@@ -105,7 +106,7 @@ value_backward = Op(
     f"({SCHEMA}, Tensor f, Tensor g, Tensor grad, float rho_a, float rho_b) -> ({GRADIENTS})",
     family="transport",
     fake=_fake_value_backward,
-    implementations=[reference(_formula_value_backward)],
+    implementations=[cpu("transport_value_backward"), reference(_formula_value_backward)],
 )
 
 
