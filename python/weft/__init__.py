@@ -22,11 +22,13 @@ from weft.ops.pairwise.subspace_project import subspace_project
 from weft.ops.stats.moments import SegmentStats
 from weft.ops.stats.segment_stats import segment_stats
 from weft.ops.stats.whitening import Whitening, whitening
+from weft.ops.transport.conditional_transport import ConditionalPlans, conditional_transport
 from weft.ops.transport.result import NotConverged
 from weft.ops.transport.sinkhorn import sinkhorn
 from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
+    "ConditionalPlans",
     "DistanceBias",
     "LowRankBias",
     "ManifoldParameter",
@@ -38,6 +40,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "check_values",
+    "conditional_transport",
     "contrastive_loss",
     "grassmann_step",
     "grassmann_step_",
