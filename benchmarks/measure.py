@@ -69,7 +69,8 @@ class Case:
         ]
 
     def call(self, function: Callable, args: list):
-        return invoke(function, args, self.workload.keywords, self.options)
+        found = invoke(function, args, self.workload.keywords, self.options)
+        return self.cases.result(found)
 
     def upstream(self, results: list[Tensor]) -> list[Tensor]:
         """The same upstream gradients for every provider and dtype."""

@@ -66,7 +66,9 @@ class Call:
         return self.call(function, self.args)
 
     def call(self, function, args):
-        return invoke(function or self.cases.function, args, self.sample.keywords, self.options)
+        function = function or self.cases.function
+        found = invoke(function, args, self.sample.keywords, self.options)
+        return self.cases.result(found)
 
 
 def _is_float(value) -> bool:

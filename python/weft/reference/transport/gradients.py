@@ -63,7 +63,8 @@ def sinkhorn_backward(
         left = torch.cat([a, -b], 1) / (a.sum(1) + b.sum(1))[:, None].clamp_min(1e-300)
         right = torch.cat([torch.ones_like(a), -torch.ones_like(b)], 1)
         system = system + left[:, :, None] * right[:, None]
-    solution = torch.linalg.solve(system, torch.cat([grad_f, grad_g], 1)[..., None])[..., 0]
+    given = torch.cat([grad_f, grad_g], 1)[..., None]
+    solution = torch.linalg.solve(system.double(), given.double())[..., 0].to(given.dtype)
     X, Y = solution[:, :N], solution[:, N:]
     grad_C = e * (b[:, None] * X[:, :, None] + a[:, :, None] * Y[:, None])
     grad_a = -p.epsilon[:, None] * (e * Y[:, None]).sum(2)
