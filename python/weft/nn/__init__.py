@@ -70,6 +70,8 @@ from weft.nn.compatibility import (
 )
 from weft.nn.component_classifiers import RBFClassifier, probability_margin_loss
 from weft.nn.contrastive import CMCLoss, ContrastiveLoss, ConVIRTLoss, PatchNCELoss, SupConLoss
+from weft.nn.convergent_learning import UnitCorrelation, UnitMatches, match_units
+from weft.nn.correspondence import Correspondence, fuse_features, joint_pca, nearest_correspondence
 from weft.nn.fixed_classifiers import ETFClassifier, SimplexClassifier
 from weft.nn.grassmann import GrassmannClassifier
 from weft.nn.hyperbolic import PoincareClassifier, PoincareLinear
@@ -80,6 +82,7 @@ from weft.nn.incremental import (
     translate_features,
 )
 from weft.nn.mahalanobis import MahalanobisHead, class_aware_alignment_loss
+from weft.nn.matching import DualSoftmaxMatching, Matches, mutual_nearest
 from weft.nn.nadaraya_watson import NadarayaWatsonHead
 from weft.nn.orthogonal import (
     BasisTransformation,
@@ -88,6 +91,7 @@ from weft.nn.orthogonal import (
     orthogonal_linear,
 )
 from weft.nn.partial_fc import PartialFC
+from weft.nn.patch_ct import PatchCTLoss
 from weft.nn.pixel_propagation import PixelConsistencyLoss, PixelPropagation
 from weft.nn.probabilistic import ProbabilisticEmbeddingLoss
 from weft.nn.projections import (
@@ -106,6 +110,12 @@ from weft.nn.prototype_classifiers import (
 )
 from weft.nn.relative import InvarianceProduct, RelativeRepresentation
 from weft.nn.st_protopnet import STProtoPNetHead, STProtoPNetLoss
+from weft.nn.style_transfer import (
+    ManifoldAlignment,
+    moment_matching_loss,
+    relaxed_earth_mover_distance,
+    self_similarity_loss,
+)
 from weft.nn.triplet import TripletLoss
 from weft.nn.vector_quantizer import VectorQuantizer
 from weft.nn.visual_words import VisualWordPredictor, VisualWords
@@ -129,9 +139,11 @@ __all__ = [
     "ConnectivityPredictor",
     "ContrastiveLoss",
     "ConvProjectionAttention",
+    "Correspondence",
     "CosineClassifier",
     "CrossScaleFusion",
     "DependencyBlock",
+    "DualSoftmaxMatching",
     "ETFClassifier",
     "EViTBlock",
     "FITBlock",
@@ -151,7 +163,9 @@ __all__ = [
     "LengthScaledCosineAttention",
     "LocalFrameAttention",
     "MahalanobisHead",
+    "ManifoldAlignment",
     "MaskedCrossAttention",
+    "Matches",
     "MultiheadAttention",
     "MultiwayBlock",
     "NadarayaWatsonHead",
@@ -160,6 +174,7 @@ __all__ = [
     "OrthogonalCompatibleLayer",
     "PackedTokens",
     "PartialFC",
+    "PatchCTLoss",
     "PatchNCELoss",
     "PixelConsistencyLoss",
     "PixelPropagation",
@@ -185,6 +200,8 @@ __all__ = [
     "TNTBlock",
     "TokenPruning",
     "TripletLoss",
+    "UnitCorrelation",
+    "UnitMatches",
     "VectorQuantizer",
     "VisualQueryTuning",
     "VisualWordPredictor",
@@ -200,12 +217,18 @@ __all__ = [
     "concept_basis",
     "feature_distillation_loss",
     "forward_compatibility",
+    "fuse_features",
     "hopfield_energy",
     "hopfield_retrieve",
+    "joint_pca",
     "knn_anomaly_score",
     "logit_normalized_cross_entropy",
     "masks_from_logits",
+    "match_units",
     "memory_read",
+    "moment_matching_loss",
+    "mutual_nearest",
+    "nearest_correspondence",
     "nested_attention",
     "orthogonal_linear",
     "pack_tokens",
@@ -213,10 +236,12 @@ __all__ = [
     "prompt_differences",
     "prune_tokens",
     "redistributed_attention",
+    "relaxed_earth_mover_distance",
     "remove_directions",
     "reversed_attention",
     "sample_channels",
     "sample_class_features",
+    "self_similarity_loss",
     "shared_subject_attention",
     "sink_tokens",
     "slow_learner_groups",

@@ -90,7 +90,7 @@ def conditional_transport(
 
     Source: Li et al., "PatchCT: Aligning Patch Set and Label Set with Conditional Transport for
     Multi-Label Image Classification", ICCV 2023; Zheng and Zhou, "Exploiting Chain Rule and Bayes'
-    Theorem to Compare Probability Distributions", NeurIPS 2021, equations 4 to 8.
+    Theorem to Compare Probability Distributions", NeurIPS 2021, section 2.
     """
     x, y = autocast(x, y)
     _check(x, y, rho, metric)
