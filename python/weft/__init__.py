@@ -23,6 +23,7 @@ from weft.ops.stats.moments import SegmentStats
 from weft.ops.stats.segment_stats import segment_stats
 from weft.ops.stats.whitening import Whitening, whitening
 from weft.ops.transport.conditional_transport import ConditionalPlans, conditional_transport
+from weft.ops.transport.doubly_stochastic import doubly_stochastic
 from weft.ops.transport.result import NotConverged
 from weft.ops.transport.sinkhorn import sinkhorn
 from weft.optim.manifold import ManifoldParameter
@@ -42,6 +43,7 @@ __all__ = [
     "check_values",
     "conditional_transport",
     "contrastive_loss",
+    "doubly_stochastic",
     "grassmann_step",
     "grassmann_step_",
     "hamming_topk",
