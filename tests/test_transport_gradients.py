@@ -11,6 +11,7 @@ import weft
 from weft import native
 from weft.ops.transport.plan import plan, plan_backward, value_backward
 from weft.ops.transport.problem import arguments_of
+from weft.ops.transport.sinkhorn import backward
 from weft.reference.transport.dense import Problem
 
 needs_native = pytest.mark.skipif(
@@ -47,7 +48,7 @@ OPTIONS = {
     "transposed": Options(transposed=True, mask=True, M=5),
     "one": Options(N=1, M=1),
     "no columns": Options(M=0),
-    "no rows": Options(N=0, row=True),
+    "no rows": Options(N=0),
 }
 
 
@@ -141,3 +142,17 @@ def test_gradients_of_the_value(name, rho):
     p = problem(OPTIONS[name])
     f, g = potentials(p)
     agree(both(value_backward, *arguments_of(p), f, g, randn(p.cost.shape[0]), *rho))
+
+
+@needs_native
+@pytest.mark.parametrize("rho", [(INF, INF), (0.7, INF), (1.5, 0.4)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_implicit_gradients(name, rho):
+    p = problem(OPTIONS[name])
+    f, g = potentials(p)
+    grad_f, grad_g = randn(*p.a.shape, seed=9), randn(*p.b.shape, seed=10)
+    if p.rows is not None:  # nothing beyond the lengths has potentials
+        grad_f[f == -INF] = 0
+        grad_g[g == -INF] = 0
+    pairs = both(backward, *arguments_of(p), f, g, grad_f, grad_g, *rho)
+    agree(pairs)

@@ -61,10 +61,10 @@ inline void store_first(Vec<A> v, A* p, int64_t n) {
 
 // n entries of a vector of a problem and, of `all` > n, the one at `last`; and back, between them
 // 0.
-template <typename A>
-void gather(const Vectors<A>& from, int64_t index, int64_t n, int64_t all, int64_t last, A* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from.at(index, i);
-  if (all > n) to[n] = from.at(index, last);
+template <typename A, typename To>
+void gather(const Vectors<A>& from, int64_t index, int64_t n, int64_t all, int64_t last, To* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = To(from.at(index, i));
+  if (all > n) to[n] = To(from.at(index, last));
 }
 template <typename A, typename From>
 void scatter(const From* from, int64_t n, int64_t all, int64_t last, A* to) {
@@ -98,10 +98,12 @@ struct Extended {
     of_columns(args.view<A>(args.b), index, b);
   }
 
-  void of_rows(const Vectors<A>& v, int64_t index, A* to) const {
+  template <typename To>
+  void of_rows(const Vectors<A>& v, int64_t index, To* to) const {
     gather(v, index, cost.n, rows, cost.N, to);
   }
-  void of_columns(const Vectors<A>& v, int64_t index, A* to) const {
+  template <typename To>
+  void of_columns(const Vectors<A>& v, int64_t index, To* to) const {
     gather(v, index, cost.m, columns, cost.M, to);
   }
   // Into the vector of this problem in an output (B, N') or (B, M').

@@ -11,6 +11,7 @@ from weft.dispatch import transformed
 from weft.ops.checks import values_are_checked
 from weft.ops.registration import (
     Op,
+    cpu,
     reference,
     register_gradient,
     register_gradient_by_reference,
@@ -368,7 +369,7 @@ backward = Op(
     f"({GRADIENTS})",
     family="transport",
     fake=_fake_backward,
-    implementations=[reference(_formula_backward)],
+    implementations=[cpu("sinkhorn_backward"), reference(_formula_backward)],
 )
 unrolled_backward = Op(
     "sinkhorn_unrolled_backward",
