@@ -11,7 +11,7 @@ import weft
 from weft import native
 from weft.ops.transport.plan import plan, plan_backward, value_backward
 from weft.ops.transport.problem import arguments_of
-from weft.ops.transport.sinkhorn import backward
+from weft.ops.transport.sinkhorn import backward, unrolled_backward
 from weft.reference.transport.dense import Problem
 
 needs_native = pytest.mark.skipif(
@@ -156,3 +156,17 @@ def test_implicit_gradients(name, rho):
         grad_g[g == -INF] = 0
     pairs = both(backward, *arguments_of(p), f, g, grad_f, grad_g, *rho)
     agree(pairs)
+
+
+@needs_native
+@pytest.mark.parametrize("rho", [(INF, INF), (0.7, INF), (INF, 0.4)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_unrolled_gradients(name, rho):
+    p = problem(OPTIONS[name])
+    grad_f, grad_g = randn(*p.a.shape, seed=9), randn(*p.b.shape, seed=10)
+    if p.rows is not None:  # nothing beyond the lengths has potentials
+        grad_f[potentials(p)[0] == -INF] = 0
+        grad_g[potentials(p)[1] == -INF] = 0
+    for start, iterations in ((None, 1), (None, 6), (randn(*p.b.shape, seed=11), 3)):
+        rest = (start, grad_f, grad_g, *rho, iterations)
+        agree(both(unrolled_backward, *arguments_of(p), *rest))
