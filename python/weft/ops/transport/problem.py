@@ -30,6 +30,14 @@ def arguments_of(p: Problem) -> tuple:
     return (p.cost, p.a, p.b, p.epsilon, p.mask, p.rows, p.columns, p.border, p.similarity)
 
 
+def refuses_translation(*args) -> str | None:
+    """Of the C++ kernel of the unrolled gradient, whose arguments these are."""
+    p, (rho_a, rho_b) = problem_of(args), args[COUNT + 3 : COUNT + 5]
+    if rho_a < torch.inf and rho_b < torch.inf and not (p.has_row or p.has_column):
+        return "two penalties without a dustbin are translated, which has no kernel"
+    return None
+
+
 def fake_gradients(args: tuple) -> tuple[Tensor, ...]:
     """Those of DIFFERENTIABLE, contiguous; of a border that is not given, of size 0."""
     like = (args[n] for n in DIFFERENTIABLE)

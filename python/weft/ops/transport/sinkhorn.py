@@ -32,6 +32,7 @@ from weft.ops.transport.problem import (
     marginals,
     positive,
     problem_of,
+    refuses_translation,
     spread,
     wide_dtype,
 )
@@ -355,14 +356,6 @@ def _formula_unrolled_backward(*args):
     return filled(grads, args)
 
 
-def _refuses_translation(*args):
-    """Of the C++ kernel of the unrolled gradient."""
-    p, (rho_a, rho_b) = problem_of(args), args[COUNT + 3 : COUNT + 5]
-    if rho_a < torch.inf and rho_b < torch.inf and not (p.has_row or p.has_column):
-        return "two penalties without a dustbin are translated, which has no kernel"
-    return None
-
-
 forward = Op(
     "sinkhorn",
     f"({SCHEMA}, Tensor? start, float rho_a, float rho_b, int max_iterations, float tolerance, "
@@ -386,7 +379,7 @@ unrolled_backward = Op(
     family="transport",
     fake=_fake_unrolled_backward,
     implementations=[
-        cpu("sinkhorn_unrolled_backward", _refuses_translation),
+        cpu("sinkhorn_unrolled_backward", refuses_translation),
         reference(_formula_unrolled_backward),
     ],
 )

@@ -78,13 +78,19 @@ def real_entries(lengths: Tensor, count: int, border: bool) -> Tensor:
 
 def softmin(C: Tensor, g: Tensor, b: Tensor, eps: Tensor) -> Tensor:
     """−ε log Σ_j b_j e^((g_j − C_ij) / ε) over the last dimension; +∞ where nothing is summed."""
-    x = log_weight(b)[:, None] + (g[:, None] - C) / eps[:, None, None]
+    x = log_weight(b)[:, None] + over(g[:, None] - C, eps)
     largest = x.detach().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:2], 1)
     largest = finite(largest)
     total = (x - largest).exp().sum(-1)
     some = total != 0
-    log_total = torch.where(some, torch.where(some, total, 1).log() + largest[..., 0], -torch.inf)
-    return -eps[:, None] * log_total
+    log_total = torch.where(some, total, 1).log() + largest[..., 0]
+    return torch.where(some, -eps[:, None] * log_total, torch.inf)
+
+
+def over(gap: Tensor, eps: Tensor) -> Tensor:
+    """gap / ε (B, N, M), where it is −∞ without a gradient: that in ε would be NaN."""
+    none = gap == -torch.inf
+    return torch.where(none, -torch.inf, torch.where(none, 0, gap) / eps[:, None, None])
 
 
 def sinkhorn(
@@ -109,7 +115,7 @@ def sinkhorn(
 
 def ratios(C: Tensor, a: Tensor, b: Tensor, eps: Tensor, f: Tensor, g: Tensor) -> Tensor:
     """e (B, N', M'); 0 where there is no pair, and where neither side has weight."""
-    exponent = (f[:, :, None] + g[:, None] - C) / eps[:, None, None]
+    exponent = over(f[:, :, None] + g[:, None] - C, eps)
     none = (exponent == -torch.inf) | ((a == 0)[:, :, None] & (b == 0)[:, None])
     return torch.where(none, 0, torch.where(none, 0, exponent).exp())
 
@@ -119,7 +125,7 @@ def plan(p: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
     C, a, b = p.extended()
     if not log:
         return a[:, :, None] * b[:, None] * ratios(C, a, b, p.epsilon, f, g)
-    exponent = (f[:, :, None] + g[:, None] - C) / p.epsilon[:, None, None]
+    exponent = over(f[:, :, None] + g[:, None] - C, p.epsilon)
     total = log_weight(a)[:, :, None] + log_weight(b)[:, None] + exponent
     return torch.where(total.isnan() & ~exponent.isnan(), -torch.inf, total)
 

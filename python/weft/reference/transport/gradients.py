@@ -41,7 +41,7 @@ def of_extended(p: Problem, grad_C: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def exponent(p: Problem, C: Tensor, f: Tensor, g: Tensor) -> Tensor:
     """(f_i + g_j − C_ij) / ε; 0 where it is infinite."""
-    return finite((f[:, :, None] + g[:, None] - C) / p.epsilon[:, None, None])
+    return finite(f[:, :, None] + g[:, None] - C) / p.epsilon[:, None, None]
 
 
 def sinkhorn_backward(

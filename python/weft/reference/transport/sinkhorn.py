@@ -62,9 +62,9 @@ def solve(
     iterations = torch.zeros_like(epsilon, dtype=torch.int64)
     omega, cap, halfway, checked = one, one * LARGEST_FACTOR, error, error
     for count in range(1, s.max_iterations + 1):
-        best_f = potential(damping_a * softmin_rows(g))
+        best_f = potential(softmin_rows(g), damping_a)
         new_f = relaxed(f, best_f, omega) if s.relax else best_f
-        best_g = potential(damping_b * softmin_columns(new_f))
+        best_g = potential(softmin_columns(new_f), damping_b)
         new_g = relaxed(g, best_g, omega) if s.relax else best_g
         if s.rho_a < torch.inf and s.rho_b < torch.inf and not s.has_border:
             new_f, new_g = translated(new_f, new_g, a, b, s.rho_a, s.rho_b)
@@ -111,9 +111,10 @@ def next_factor(omega: Tensor, cap: Tensor, rate: Tensor) -> tuple[Tensor, Tenso
     return torch.where(grew, 1.0, raised), lowered
 
 
-def potential(softmin: Tensor) -> Tensor:
-    """−∞ in place of the +∞ of an empty sum."""
-    return torch.where(softmin == torch.inf, -torch.inf, softmin)
+def potential(softmin: Tensor, damping: Tensor) -> Tensor:
+    """λ softmin, and −∞, a constant, in place of the +∞ of an empty sum."""
+    empty = softmin == torch.inf
+    return torch.where(empty, -torch.inf, damping * torch.where(empty, 0, softmin))
 
 
 def relaxed(old: Tensor, best: Tensor, omega: Tensor) -> Tensor:
