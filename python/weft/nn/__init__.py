@@ -72,6 +72,7 @@ from weft.nn.component_classifiers import RBFClassifier, probability_margin_loss
 from weft.nn.contrastive import CMCLoss, ContrastiveLoss, ConVIRTLoss, PatchNCELoss, SupConLoss
 from weft.nn.convergent_learning import UnitCorrelation, UnitMatches, match_units
 from weft.nn.correspondence import Correspondence, fuse_features, joint_pca, nearest_correspondence
+from weft.nn.data_selection import TransportSelection
 from weft.nn.fixed_classifiers import ETFClassifier, SimplexClassifier
 from weft.nn.grassmann import GrassmannClassifier
 from weft.nn.hyperbolic import PoincareClassifier, PoincareLinear
@@ -116,11 +117,14 @@ from weft.nn.style_transfer import (
     relaxed_earth_mover_distance,
     self_similarity_loss,
 )
+from weft.nn.transferability import TransferabilityScore
 from weft.nn.triplet import TripletLoss
 from weft.nn.vector_quantizer import VectorQuantizer
 from weft.nn.visual_words import VisualWordPredictor, VisualWords
 
 __all__ = [
+    "TransferabilityScore",
+    "TransportSelection",
     "AggregatedAttention",
     "BasisTransformation",
     "CMCLoss",
