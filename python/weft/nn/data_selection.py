@@ -35,8 +35,8 @@ class TransportSelection:
     Features are whitened together, so that no direction dominates, and normalised:
     :math:`\Sigma + 10^{-5} I = L L^\top`, :math:`z = L^{-1} (x - \mu)`,
     :math:`\hat z = z / \lVert z \rVert`, and the cost is their distance
-    :math:`C_{ij} = \sqrt{2 - 2 \hat x_i^\top \hat y_j}`. Candidates enter in layers: the first layer
-    is the nearest candidate of every target, the second the second nearest, and so on.
+    :math:`C_{ij} = \sqrt{2 - 2 \hat x_i^\top \hat y_j}`. Candidates enter in layers: the first
+    layer is the nearest candidate of every target, the second the second nearest, and so on.
 
     - ``fixed_size(n)``: layers as long as they fit; of the one that does not, the candidates with
       the largest potentials.
