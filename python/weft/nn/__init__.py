@@ -1,5 +1,11 @@
 """Layers and losses."""
 
+from weft.nn.assignment import (
+    SinkhornAssignment,
+    SwappedPredictionLoss,
+    assignment_cross_entropy,
+    koleo_loss,
+)
 from weft.nn.attention import (
     AggregatedAttention,
     ChannelPatchEmbedding,
@@ -69,6 +75,7 @@ from weft.nn.compatibility import (
     forward_compatibility,
 )
 from weft.nn.component_classifiers import RBFClassifier, probability_margin_loss
+from weft.nn.connections import DoublyStochasticConnections
 from weft.nn.contrastive import CMCLoss, ContrastiveLoss, ConVIRTLoss, PatchNCELoss, SupConLoss
 from weft.nn.convergent_learning import UnitCorrelation, UnitMatches, match_units
 from weft.nn.correspondence import Correspondence, fuse_features, joint_pca, nearest_correspondence
@@ -91,6 +98,7 @@ from weft.nn.orthogonal import (
     backward_compatible_loss,
     orthogonal_linear,
 )
+from weft.nn.palm import PALMLoss
 from weft.nn.partial_fc import PartialFC
 from weft.nn.patch_ct import PatchCTLoss
 from weft.nn.pixel_propagation import PixelConsistencyLoss, PixelPropagation
@@ -117,14 +125,13 @@ from weft.nn.style_transfer import (
     relaxed_earth_mover_distance,
     self_similarity_loss,
 )
+from weft.nn.subclasses import SubclassBalancingLoss, sinkhorn_clusters
 from weft.nn.transferability import TransferabilityScore
 from weft.nn.triplet import TripletLoss
 from weft.nn.vector_quantizer import VectorQuantizer
 from weft.nn.visual_words import VisualWordPredictor, VisualWords
 
 __all__ = [
-    "TransferabilityScore",
-    "TransportSelection",
     "AggregatedAttention",
     "BasisTransformation",
     "CMCLoss",
@@ -147,6 +154,7 @@ __all__ = [
     "CosineClassifier",
     "CrossScaleFusion",
     "DependencyBlock",
+    "DoublyStochasticConnections",
     "DualSoftmaxMatching",
     "ETFClassifier",
     "EViTBlock",
@@ -176,6 +184,7 @@ __all__ = [
     "NearestMeanClassifier",
     "NeighborhoodAttention",
     "OrthogonalCompatibleLayer",
+    "PALMLoss",
     "PackedTokens",
     "PartialFC",
     "PatchCTLoss",
@@ -197,12 +206,17 @@ __all__ = [
     "STProtoPNetHead",
     "STProtoPNetLoss",
     "SimplexClassifier",
+    "SinkhornAssignment",
     "SparsifinerAttention",
+    "SubclassBalancingLoss",
     "SubspaceAttention",
     "SupConLoss",
+    "SwappedPredictionLoss",
     "TEENClassifier",
     "TNTBlock",
     "TokenPruning",
+    "TransferabilityScore",
+    "TransportSelection",
     "TripletLoss",
     "UnitCorrelation",
     "UnitMatches",
@@ -212,6 +226,7 @@ __all__ = [
     "VisualWords",
     "WindowAttention",
     "alignment_mask",
+    "assignment_cross_entropy",
     "average_compatibility",
     "backward_compatibility",
     "backward_compatible_loss",
@@ -226,6 +241,7 @@ __all__ = [
     "hopfield_retrieve",
     "joint_pca",
     "knn_anomaly_score",
+    "koleo_loss",
     "logit_normalized_cross_entropy",
     "masks_from_logits",
     "match_units",
@@ -248,6 +264,7 @@ __all__ = [
     "self_similarity_loss",
     "shared_subject_attention",
     "sink_tokens",
+    "sinkhorn_clusters",
     "slow_learner_groups",
     "style_injection_attention",
     "translate_features",
