@@ -38,7 +38,28 @@ def class_token_attention(output: str, folder: Path) -> None:
     assert (folder / "out/class_token_attention.png").stat().st_size > 50_000
 
 
-CHECKS = (class_token_attention, grassmann_head, prototype_explanation)
+def color_transfer(output: str, folder: Path) -> None:
+    """The transport is solved, and each photograph takes on the colours of the other."""
+    assert float(re.search(r"marginal error ([\d.e-]+) after", output)[1]) <= 1e-3
+    moved = re.findall(r"channels ([\d.]+) from the other's before, ([\d.]+) after", output)
+    assert len(moved) == 2 and all(float(after) < float(before) / 5 for before, after in moved)
+    assert (folder / "out/color_transfer.png").stat().st_size > 100_000
+
+
+def targeted_selection(output: str, folder: Path) -> None:
+    """Chosen data are mostly of the target's kind, and better than as many taken at random."""
+    tarot, random = (percent(output, rf"{name}: +test accuracy") for name in ("TAROT", "random"))
+    assert tarot > random and tarot > 80
+    assert (folder / "out/targeted_selection.png").stat().st_size > 10_000
+
+
+CHECKS = (
+    class_token_attention,
+    color_transfer,
+    grassmann_head,
+    prototype_explanation,
+    targeted_selection,
+)
 CLAIMS = {check.__name__: check for check in CHECKS}
 
 
