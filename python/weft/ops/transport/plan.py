@@ -8,6 +8,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.ops.transport.problem import (
     COUNT,
@@ -47,7 +48,11 @@ plan = Op(
     f"({SCHEMA}, Tensor f, Tensor g, bool log) -> Tensor",
     family="transport",
     fake=_fake_plan,
-    implementations=[cpu("transport_plan"), reference(_reference_plan)],
+    implementations=[
+        cpu("transport_plan"),
+        triton("transport.plan", "transport_plan"),
+        reference(_reference_plan),
+    ],
 )
 plan_backward = Op(
     "transport_plan_backward",
@@ -55,7 +60,11 @@ plan_backward = Op(
     f"({GRADIENTS}, Tensor grad_f, Tensor grad_g)",
     family="transport",
     fake=_fake_plan_backward,
-    implementations=[cpu("transport_plan_backward"), reference(_formula_plan_backward)],
+    implementations=[
+        cpu("transport_plan_backward"),
+        triton("transport.plan", "transport_plan_backward"),
+        reference(_formula_plan_backward),
+    ],
 )
 
 
@@ -99,14 +108,21 @@ value = Op(
     f"({SCHEMA}, Tensor f, Tensor g, float rho_a, float rho_b) -> Tensor",
     family="transport",
     fake=_fake_value,
-    implementations=[reference(_reference_value)],
+    implementations=[
+        triton("transport.plan", "transport_value"),
+        reference(_reference_value),
+    ],
 )
 value_backward = Op(
     "transport_value_backward",
     f"({SCHEMA}, Tensor f, Tensor g, Tensor grad, float rho_a, float rho_b) -> ({GRADIENTS})",
     family="transport",
     fake=_fake_value_backward,
-    implementations=[cpu("transport_value_backward"), reference(_formula_value_backward)],
+    implementations=[
+        cpu("transport_value_backward"),
+        triton("transport.plan", "transport_value_backward"),
+        reference(_formula_value_backward),
+    ],
 )
 
 

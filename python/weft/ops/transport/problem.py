@@ -38,6 +38,12 @@ def refuses_translation(*args) -> str | None:
     return None
 
 
+def refuses_relaxation(*args) -> str | None:
+    """Of the Triton kernels of the iterations."""
+    rho_a, rho_b, *_, relax, _ = args[COUNT + 1 :]
+    return None if not relax or rho_a == rho_b == torch.inf else "over-relaxes balanced problems"
+
+
 def fake_gradients(args: tuple) -> tuple[Tensor, ...]:
     """Those of DIFFERENTIABLE, contiguous; of a border that is not given, of size 0."""
     like = (args[n] for n in DIFFERENTIABLE)

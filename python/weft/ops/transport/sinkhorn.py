@@ -15,6 +15,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.ops.transport import plan as plans
 from weft.ops.transport.problem import (
@@ -32,6 +33,7 @@ from weft.ops.transport.problem import (
     marginals,
     positive,
     problem_of,
+    refuses_relaxation,
     refuses_translation,
     spread,
     wide_dtype,
@@ -362,7 +364,10 @@ forward = Op(
     "bool relax, bool unrolled) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)",
     family="transport",
     fake=_fake,
-    implementations=[reference(_reference)],
+    implementations=[
+        triton("transport.sinkhorn", "sinkhorn", refuses_relaxation),
+        reference(_reference),
+    ],
 )
 backward = Op(
     "sinkhorn_backward",
