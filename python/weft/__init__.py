@@ -26,6 +26,8 @@ from weft.ops.transport.conditional_transport import ConditionalPlans, condition
 from weft.ops.transport.doubly_stochastic import doubly_stochastic
 from weft.ops.transport.result import NotConverged
 from weft.ops.transport.sinkhorn import sinkhorn
+from weft.ops.transport.sinkhorn_divergence import sinkhorn_divergence
+from weft.ops.transport.sinkhorn_points import sinkhorn_points
 from weft.optim.manifold import ManifoldParameter
 
 __all__ = [
@@ -63,6 +65,8 @@ __all__ = [
     "relative_bias",
     "segment_stats",
     "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_points",
     "subspace_logits",
     "subspace_project",
     "use",

@@ -1,5 +1,6 @@
 """Entropic transport with a matrix of costs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -263,14 +264,28 @@ def annealed(p: Problem, start: Tensor | None, settings: Settings) -> Tensor:
     """g after a few iterations at each of several ε from the largest cost down to ε."""
     with torch.no_grad():
         held = Problem(*(t.detach() if isinstance(t, Tensor) else t for t in vars(p).values()))
-        few = replace(settings, max_iterations=ANNEALING_ITERATIONS, tolerance=-1.0, relax=False)
         C = held.cost.to(p.a.dtype)
         largest = torch.where(C.isfinite(), C.abs(), 0).flatten(1).amax(1) if C[0].numel() else 0
-        ratio = (largest / held.epsilon).clamp_min(1)
-        g = start
-        for level in range(ANNEALING_LEVELS):
-            eps = held.epsilon * ratio ** (1 - level / ANNEALING_LEVELS)
-            g = solved(replace(held, epsilon=eps), g, few, False)[1]
+
+        def run(epsilon: Tensor, g: Tensor | None, few: Settings) -> Tensor:
+            return solved(replace(held, epsilon=epsilon), g, few, False)[1]
+
+        return lowered(run, held.epsilon, largest, start, settings)
+
+
+def lowered(
+    run: Callable[[Tensor, Tensor | None, Settings], Tensor],
+    epsilon: Tensor,
+    largest: Tensor | float,
+    start: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """g, which ``run`` gives for an ε and the g before it."""
+    few = replace(settings, max_iterations=ANNEALING_ITERATIONS, tolerance=-1.0, relax=False)
+    ratio = (largest / epsilon).clamp_min(1)
+    g = start
+    for level in range(ANNEALING_LEVELS):
+        g = run(epsilon * ratio ** (1 - level / ANNEALING_LEVELS), g, few)
     return g
 
 
@@ -298,11 +313,7 @@ def finish(
 ) -> DenseTransport:
     f, g, error, iterations = result
     if s.rho_a == s.rho_b == torch.inf:
-        # f + c and g − c are as good; this choice makes them a function of the problem.
-        total = p.a.sum(1) + p.b.sum(1)
-        difference = (p.b * finite(g)).sum(1) - (p.a * finite(f)).sum(1)
-        shift = (difference / torch.where(total > 0, total, 1))[:, None]
-        f, g = f + shift, g - shift
+        f, g = centered(f, g, p.a, p.b)
     if transformed():
         value = dense.value(p, f, g, s.rho_a, s.rho_b)
     else:
@@ -315,6 +326,15 @@ def finish(
     if error.device.type == "cpu" and not transformed():
         found.warn_of_errors()
     return found
+
+
+def centered(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the potentials f + c, g − c, all as good, those with ⟨a, f⟩ = ⟨b, g⟩: a function of the
+    problem."""
+    total = a.sum(1) + b.sum(1)
+    difference = (b * finite(g)).sum(1) - (a * finite(f)).sum(1)
+    shift = (difference / torch.where(total > 0, total, 1))[:, None]
+    return f + shift, g - shift
 
 
 def _settings(args: tuple, p: Problem) -> Settings:
