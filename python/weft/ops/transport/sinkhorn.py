@@ -1,6 +1,5 @@
 """Entropic transport with a matrix of costs."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -40,11 +39,10 @@ from weft.ops.transport.problem import (
     wide_dtype,
 )
 from weft.ops.transport.result import Transport, register_result
+from weft.ops.transport.settings import centered, check_settings, check_start, lowered
 from weft.reference.transport import dense, gradients
 from weft.reference.transport.dense import Problem
-from weft.reference.transport.sinkhorn import Settings, finite
-
-ANNEALING_LEVELS, ANNEALING_ITERATIONS = 8, 5
+from weft.reference.transport.sinkhorn import Settings
 
 
 @register_result
@@ -186,32 +184,6 @@ def sinkhorn(
     return finish(p, result, settings, single, mass is not None)
 
 
-def check_settings(
-    cost: Tensor,
-    max_iterations: int,
-    tolerance: float | None,
-    rho_a: float,
-    rho_b: float,
-    acceleration: str,
-    gradient: str,
-    has_border: bool,
-) -> Settings:
-    if acceleration not in ("auto", "none"):
-        raise ValueError(f"acceleration must be 'auto' or 'none', got {acceleration!r}")
-    if gradient not in ("implicit", "unrolled"):
-        raise ValueError(f"gradient must be 'implicit' or 'unrolled', got {gradient!r}")
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be an integer ≥ 1, got {max_iterations!r}")
-    if gradient == "unrolled":
-        if tolerance is not None and tolerance >= 0:
-            raise ValueError("tolerance must be None with gradient='unrolled'")
-        tolerance = -1.0
-    if tolerance is None:
-        tolerance = 1e-6 if cost.dtype == torch.float64 else 1e-5
-    relax = acceleration == "auto" and rho_a == rho_b == torch.inf and tolerance >= 0
-    return Settings(rho_a, rho_b, max_iterations, float(tolerance), relax, has_border)
-
-
 def with_border(
     cost: Tensor,
     a: Tensor,
@@ -244,22 +216,6 @@ def with_border(
     return a, torch.cat([b, (mass_a - moved)[:, None]], 1), border
 
 
-def check_start(potentials, a: Tensor, b: Tensor, single: bool) -> Tensor | None:
-    """g to start from."""
-    if potentials is None:
-        return None
-    if not isinstance(potentials, tuple | list) or len(potentials) != 2:
-        raise TypeError("potentials must be a pair of tensors (f, g)")
-    for name, given, like in zip("fg", potentials, (a, b), strict=True):
-        shape = like.shape[1:] if single else like.shape
-        if not isinstance(given, Tensor) or given.shape != shape:
-            raise ValueError(
-                f"potentials: {name} must be {tuple(shape)}, got {getattr(given, 'shape', given)}"
-            )
-    g = potentials[1].to(b.dtype)
-    return g[None] if single else g
-
-
 def annealed(p: Problem, start: Tensor | None, settings: Settings) -> Tensor:
     """g after a few iterations at each of several ε from the largest cost down to ε."""
     with torch.no_grad():
@@ -271,22 +227,6 @@ def annealed(p: Problem, start: Tensor | None, settings: Settings) -> Tensor:
             return solved(replace(held, epsilon=epsilon), g, few, False)[1]
 
         return lowered(run, held.epsilon, largest, start, settings)
-
-
-def lowered(
-    run: Callable[[Tensor, Tensor | None, Settings], Tensor],
-    epsilon: Tensor,
-    largest: Tensor | float,
-    start: Tensor | None,
-    settings: Settings,
-) -> Tensor:
-    """g, which ``run`` gives for an ε and the g before it."""
-    few = replace(settings, max_iterations=ANNEALING_ITERATIONS, tolerance=-1.0, relax=False)
-    ratio = (largest / epsilon).clamp_min(1)
-    g = start
-    for level in range(ANNEALING_LEVELS):
-        g = run(epsilon * ratio ** (1 - level / ANNEALING_LEVELS), g, few)
-    return g
 
 
 def solved(
@@ -326,15 +266,6 @@ def finish(
     if error.device.type == "cpu" and not transformed():
         found.warn_of_errors()
     return found
-
-
-def centered(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the potentials f + c, g − c, all as good, those with ⟨a, f⟩ = ⟨b, g⟩: a function of the
-    problem."""
-    total = a.sum(1) + b.sum(1)
-    difference = (b * finite(g)).sum(1) - (a * finite(f)).sum(1)
-    shift = (difference / torch.where(total > 0, total, 1))[:, None]
-    return f + shift, g - shift
 
 
 def _settings(args: tuple, p: Problem) -> Settings:

@@ -7,7 +7,7 @@ from weft.dispatch import transformed
 from weft.ops.transport.points_solver import solved
 from weft.ops.transport.problem import check_lengths, check_rho, marginals, positive
 from weft.ops.transport.result import Transport
-from weft.ops.transport.sinkhorn import check_settings
+from weft.ops.transport.settings import check_settings
 from weft.ops.transport.sinkhorn_points import (
     check_points,
     check_precision,

@@ -15,7 +15,7 @@ from weft.ops.transport.points import arguments_of, cost_matrix, product
 from weft.ops.transport.points_solver import dual_value, iterate, solved
 from weft.ops.transport.problem import check_lengths, check_rho, marginals, positive, wide_dtype
 from weft.ops.transport.result import Transport, register_result
-from weft.ops.transport.sinkhorn import check_settings, check_start
+from weft.ops.transport.settings import centered, check_settings, check_start, lowered
 from weft.reference.transport import sinkhorn_points as formulas
 from weft.reference.transport.dense import Problem, real_entries
 from weft.reference.transport.sinkhorn import Settings
@@ -291,7 +291,7 @@ def annealed(
         def run(epsilon: Tensor, g: Tensor | None, few: Settings) -> Tensor:
             return solved(replace(p, epsilon=epsilon), a, b, g, few)[2]
 
-        return matrices.lowered(run, p.epsilon, largest, start, settings)
+        return lowered(run, p.epsilon, largest, start, settings)
 
 
 def finish(
@@ -299,7 +299,7 @@ def finish(
 ) -> PointsTransport:
     value, f, g, error, iterations = result
     if s.rho_a == s.rho_b == torch.inf:
-        f, g = matrices.centered(f, g, a, b)
+        f, g = centered(f, g, a, b)
     tensors = (value, f, g, error, iterations)
     value, f, g, error, iterations = (t[0] for t in tensors) if single else tensors
     found = PointsTransport(

@@ -4,6 +4,7 @@ import torch
 
 from weft.ops.cases import BadInput, OpCases, Sample, Workload, randn
 from weft.ops.transport.problem import wide_dtype
+from weft.ops.transport.result import Transport
 
 
 def plain_costs(x, y, cost):
@@ -90,6 +91,13 @@ def first(count, side):
 def numbers(g):
     """Values for ``apply``, (..., M, 1): 1, 2, ..., M."""
     return torch.ones_like(g)[..., None].cumsum(-2)
+
+
+def result(found):
+    """Value, potentials, and the plan's product with numbers."""
+    if not isinstance(found, Transport):
+        return found
+    return found.value, *found.potentials, found.apply(numbers(found.potentials[1]))
 
 
 def eps_of(eps):
@@ -186,7 +194,7 @@ SINKHORN_POINTS = OpCases(
         workload(10000, 10000, 512, 10, memory_budget=1 << 29),
     ],
     bad=[*BAD, bad(ValueError, "memory_budget must be", memory_budget=-1)],
-    result=lambda r: (r.value, *r.potentials, r.apply(numbers(r.potentials[1]))),
+    result=result,
 )
 
 CASES = [SINKHORN_POINTS]
