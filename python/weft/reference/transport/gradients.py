@@ -102,7 +102,7 @@ def newton_step(p: Problem, f: Tensor, g: Tensor, s: Settings) -> tuple[Tensor, 
     damped_b = 1 / damping(s.rho_b, eps, M, p.has_column)
     min_f, min_g = softmin(C, g, b, eps), softmin(C.mT, f, a, eps)
     absent = torch.cat([min_f.isinf() | f.isinf(), min_g.isinf() | g.isinf()], 1)
-    residual = torch.cat([damped_a * finite(f) - min_f, damped_b * finite(g) - min_g], 1)
+    residual = torch.cat([damped_a * f - min_f, damped_b * g - min_g], 1)
     residual = torch.where(absent, 0, residual)
     e = ratios(C, a, b, eps, f, g)
     to_columns = e * b[:, None] / nonzero((e * b[:, None]).sum(2, keepdim=True))

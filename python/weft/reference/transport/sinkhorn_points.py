@@ -186,7 +186,7 @@ def solve_symmetric(
     error, active = torch.full_like(epsilon, torch.inf), torch.ones_like(epsilon, dtype=torch.bool)
     iterations, checked = torch.zeros_like(epsilon, dtype=torch.int64), error
     for count in range(1, s.max_iterations + 1):
-        best = potential(damping * softmin(f))
+        best = potential(softmin(f), damping)
         new_error = change(f, best, a, eps)
         moved = torch.where(best.isinf(), best, (finite(f) + best) / 2)
         f = torch.where(active[:, None], moved, f)
@@ -200,4 +200,4 @@ def solve_symmetric(
                 checked = error
             if stops and not active.any():
                 break
-    return f, potential(damping * softmin(f)), error, iterations
+    return f, potential(softmin(f), damping), error, iterations
