@@ -98,12 +98,11 @@ def draw(data: Data, found: dict[str, Tensor], rows: dict[str, list], folder: Pa
     accuracies = [100 * mean(score for score, *_ in row) for row in rows.values()]
     last.barh(list(rows), accuracies, color="#3b6ea5")
     last.invert_yaxis()
-    last.set_xlim(50, 100)
+    last.set_xlim(0, 100)
     last.set_title("test accuracy, %", fontsize=10, loc="left")
     figure.suptitle(
         f"Training data for the digits {WANTED}", x=0.012, ha="left", fontweight="bold", color=INK
     )
-    figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "targeted_selection.png"
     figure.savefig(path, dpi=110)

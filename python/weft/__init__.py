@@ -1,6 +1,6 @@
 """weft: fused kernels for representation learning. ``python -m weft`` shows what runs here."""
 
-from weft import integrations, masks, native, nn, optim  # native loads the libraries
+from weft import integrations, masks, native, nn, optim, transport  # native loads the libraries
 from weft.dispatch import use
 from weft.integrations.patching import patch
 from weft.ops.attention.attention import attention
@@ -69,6 +69,7 @@ __all__ = [
     "sinkhorn_points",
     "subspace_logits",
     "subspace_project",
+    "transport",
     "use",
     "whitening",
     "window_attention",
