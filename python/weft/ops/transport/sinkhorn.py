@@ -316,6 +316,7 @@ forward = Op(
     family="transport",
     fake=_fake,
     implementations=[
+        cpu("sinkhorn"),
         triton("transport.sinkhorn", "sinkhorn", refuses_relaxation),
         reference(_reference),
     ],
