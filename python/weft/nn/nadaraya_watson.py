@@ -14,8 +14,8 @@ from weft.nn.checks import (
     full_precision,
 )
 from weft.ops.pairwise.distance import pairwise_distance
-from weft.ops.pairwise.pairs import unit_rows
 from weft.ops.pairwise.pairwise import pairwise
+from weft.ops.pairwise.unit_rows import unit_rows
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
 

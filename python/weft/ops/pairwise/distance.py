@@ -11,9 +11,9 @@ from weft.ops.pairwise.pairs import (
     check_rows,
     hyperbolic_of_tensor,
     pair_of,
-    unit_rows,
 )
 from weft.ops.pairwise.planner import BACKWARD, FORWARD, check_plan, planned_cpu
+from weft.ops.pairwise.unit_rows import unit_rows
 from weft.ops.registration import (
     Op,
     reference,

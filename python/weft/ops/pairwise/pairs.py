@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from weft.ops.checks import check_float, values_are_checked
+from weft.ops.pairwise.unit_rows import unit_rows
 from weft.reference.pairwise.pairs import Pair
-from weft.reference.pairwise.subspace_logits import unit
 
 PAIRS = (
     "dot",
@@ -113,12 +113,6 @@ def pair_of(
     if name == "mahalanobis":
         return _mahalanobis(x, y, precision)
     return _hyperbolic(name, x, y, curvature)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x / ‖x‖ in the dtype of x, computed in float32 for half precision."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return unit(wide).to(x.dtype)
 
 
 def _check_number(name: str, value: float, positive: bool = True) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from weft.dispatch import transformed
 from weft.ops.checks import autocast, check_float, values_are_checked
-from weft.ops.pairwise.pairs import unit_rows
+from weft.ops.pairwise.unit_rows import unit_rows
 from weft.ops.registration import (
     FLOATS,
     Op,
