@@ -30,11 +30,11 @@ KNOWN = {1e-1: 0.078950, 1e-2: 0.0115034, 1e-3: 0.0039509}
 
 @pytest.mark.parametrize("epsilon", KNOWN)
 def test_accuracy_of_float32(epsilon):
-    """Tolerance 1e-6 or the rounding floor: marginals to 1e-5, the plan to 1e-6."""
+    """At tolerance 1e-6: marginals to 1e-5, the plan to 1e-6."""
     C = points_cost()
     exact = weft.sinkhorn(C, epsilon=epsilon, tolerance=1e-10)
-    with pytest.warns(weft.NotConverged) if epsilon == 1e-3 else _nothing():
-        found = weft.sinkhorn(C.float(), epsilon=epsilon, tolerance=1e-6)
+    found = weft.sinkhorn(C.float(), epsilon=epsilon, tolerance=1e-6)
+    assert bool(found.converged)
     assert abs(float((exact.plan * C).sum()) - KNOWN[epsilon]) < 5e-7 * (1 + 100 * epsilon)
     assert int(found.iterations) <= 700 and int(exact.iterations) <= 700
     P = found.plan.double()
@@ -42,12 +42,6 @@ def test_accuracy_of_float32(epsilon):
         assert (P.sum(dim) - 1 / 512).abs().sum() < 1e-5
     assert (P - exact.plan).abs().max() < 1e-6
     assert abs(float(found.value) - float(exact.value)) < 1e-5
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def test_dirac_and_permutation():
@@ -68,7 +62,7 @@ def test_gaussians(variance):
 
     Source: Janati et al., "Entropic Optimal Transport between Unbalanced Gaussian Measures has a
     Closed Form", NeurIPS 2020, theorem 1."""
-    grid = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    grid = torch.linspace(-10, 10, 401, dtype=torch.float64)
     density = lambda v: torch.softmax(-grid.square() / (2 * v), 0)  # noqa: E731
     epsilon = 0.5
     P = weft.sinkhorn(
@@ -212,7 +206,7 @@ def test_acceleration_changes_nothing_but_the_count():
 
 def test_each_problem_stops_by_itself():
     C = points_cost(20)
-    found = weft.sinkhorn(torch.stack([C, C]), epsilon=torch.tensor([1.0, 0.02]).double())
+    found = weft.sinkhorn(torch.stack([C, C]), epsilon=torch.tensor([1.0, 0.02], dtype=C.dtype))
     alone = [weft.sinkhorn(C, epsilon=e) for e in (1.0, 0.02)]
     for n, one in enumerate(alone):
         assert found.iterations[n] == one.iterations

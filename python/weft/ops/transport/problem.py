@@ -7,6 +7,7 @@ from torch import Tensor
 
 from weft.ops.checks import check_float, values_are_checked
 from weft.reference.transport.dense import Problem
+from weft.reference.transport.sinkhorn import total
 
 SCHEMA = (
     "Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? mask, Tensor? rows, "
@@ -185,8 +186,7 @@ def marginals(
     balanced: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both weights, 0 beyond the lengths; those of a balanced problem have one mass, a's."""
-    given = a is not None and b is not None
-    plain = a is None and b is None and lengths == (None, None)
+    given, uniform_both = a is not None and b is not None, a is None and b is None
     full = []
     for name, weight, n, count in (
         ("a", a, lengths[0], like.shape[1]),
@@ -199,9 +199,11 @@ def marginals(
             weight = torch.where(torch.arange(count, device=n.device) < n[:, None], weight, 0)
         full.append(weight)
     a, b = full
-    if not balanced or plain:
+    if not balanced:
         return a, b
-    mass_a, mass_b = a.sum(1), b.sum(1)
+    if uniform_both:  # the masses are 1, but for a problem without rows
+        return a, b if lengths[0] is None else b * (lengths[0] > 0)[:, None]
+    mass_a, mass_b = total(a), total(b)
     if given and values_are_checked(a):
         apart = (mass_a - mass_b).abs() > SAME_MASS * torch.maximum(mass_a, mass_b)
         if bool(apart.any()):

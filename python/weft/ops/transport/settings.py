@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from weft.reference.transport.sinkhorn import Settings, finite
+from weft.reference.transport.sinkhorn import Settings, finite, repeated, total
 
 ANNEALING_LEVELS, ANNEALING_ITERATIONS = 8, 5
 
@@ -72,7 +72,7 @@ def lowered(
 def centered(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Of the potentials f + c, g − c, all as good, those with ⟨a, f⟩ = ⟨b, g⟩: a function of the
     problem."""
-    total = a.sum(1) + b.sum(1)
-    difference = (b * finite(g)).sum(1) - (a * finite(f)).sum(1)
-    shift = (difference / torch.where(total > 0, total, 1))[:, None]
-    return f + shift, g - shift
+    mass = total(a) + total(b)
+    difference = total(b * finite(g)) - total(a * finite(f))
+    shift = difference / torch.where(mass > 0, mass, 1)
+    return f + repeated(shift, f.shape[1]), g - repeated(shift, g.shape[1])

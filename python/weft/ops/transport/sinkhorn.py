@@ -42,7 +42,7 @@ from weft.ops.transport.result import Transport, register_result
 from weft.ops.transport.settings import centered, check_settings, check_start, lowered
 from weft.reference.transport import dense, gradients
 from weft.reference.transport.dense import Problem
-from weft.reference.transport.sinkhorn import Settings
+from weft.reference.transport.sinkhorn import Settings, total
 
 
 @register_result
@@ -195,7 +195,7 @@ def with_border(
     """a, b and the costs with one more row and column, for what is not matched."""
     if mass is not None and dustbin is not None:
         raise ValueError("mass and dustbin exclude each other")
-    mass_a, mass_b = a.sum(1), b.sum(1)
+    mass_a, mass_b = total(a), total(b)
     B, wide = cost.shape[0], wide_dtype(cost)
     if mass is None:
         if not isinstance(dustbin, Tensor):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.reference.transport.sinkhorn import Settings, damping, finite, log_weight, solve
+from weft.reference.transport.sinkhorn import Settings, damping, finite, log_weight, solve, total
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def value(p: Problem, f: Tensor, g: Tensor, rho_a: float, rho_b: float) -> Tenso
     of_a = weighted(a, penalty(f, rho_a, p.has_row))
     of_b = weighted(b, penalty(g, rho_b, p.has_column))
     mass = weighted(b, marginal_ratio(g, rho_b, p.has_column))
-    return of_a + of_b + p.epsilon * (a.sum(-1) * b.sum(-1) - mass)
+    return of_a + of_b + p.epsilon * (total(a) * total(b) - mass)
 
 
 def penalty(potentials: Tensor, rho: float, border: bool) -> Tensor:
@@ -160,4 +160,4 @@ def marginal_ratio(potentials: Tensor, rho: float, border: bool) -> Tensor:
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:
     """Σ w x, nothing from what has no weight or no potential."""
-    return torch.where((weight == 0) | x.isinf(), 0, weight * finite(x)).sum(-1)
+    return total(torch.where((weight == 0) | x.isinf(), 0, weight * finite(x)))

@@ -139,7 +139,17 @@ def change(old: Tensor, new: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     """Σ w |e^((old − new) / ε) − 1|: what a constraint is missed by; all of w where p is −∞."""
     missed = torch.expm1((finite(old) - finite(new)) / eps).abs()
     missed = torch.where(new == -torch.inf, 1, missed)
-    return torch.where(weight > 0, weight * missed, 0).sum(-1)
+    return total(torch.where(weight > 0, weight * missed, 0))
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over the last dimension in its order: zeros after the end change no bit of it."""
+    return torch.nn.functional.pad(x, (0, 1)).cumsum(-1)[..., -1]
+
+
+def repeated(x: Tensor, count: int) -> Tensor:
+    """(B, count) copies of x (B,), whose gradient is a ``total``."""
+    return torch.nn.functional.pad(x[:, None], (0, count - 1)).cumsum(-1)
 
 
 def finite(x: Tensor) -> Tensor:
