@@ -1,4 +1,4 @@
-// A matrix of any size by passes over its rows, with no entry kept between them:
+// A matrix of any size by passes over its rows:
 //
 //     Q_ij = u_i v_j K_ij,     K_ij = exp(x_ij / epsilon + F_i + G_j) <= e,
 //
@@ -8,8 +8,10 @@
 //
 // A pass has the exponentials of four rows, sets their u and adds them to the column sums: one read
 // of the matrix for each iteration, and one more, for the columns that come first or for the
-// result. The rows are cut into chunks by their number alone; each has its own column sums, which
-// are added in order, so no bit depends on the threads.
+// result. The exponentials of a matrix that fits the second-level cache are kept there; those of a
+// larger one are computed anew, so that nothing but the result is written. The rows are cut into
+// chunks by their number alone; each has its own column sums, which are added in order, so no bit
+// depends on the threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -44,7 +46,8 @@ class Normalizer {
   static constexpr int64_t W = V::size;
   static constexpr int kRows = 4;
   static constexpr int64_t kBlock = 32;  // rows whose columns' largest are found before their sums
-  static constexpr int64_t kTile = 32 * W;  // columns that one accumulator adds
+  static constexpr int64_t kTile = 32 * W;              // columns that one accumulator adds
+  static constexpr int64_t kResidentBytes = 512 << 10;  // of exponentials that are kept
   static constexpr A kNothing = -std::numeric_limits<A>::infinity();
 
   // `keep`: u and v of every iteration stay, for the backward.
@@ -62,12 +65,14 @@ class Normalizer {
         threads(threads) {
     const int64_t kept = keep ? iterations + 1 : 1;
     static thread_local Scratch scratch;
-    F = scratch.get<A>(N * (1 + kept) + width * (1 + kept + 2 * chunks));
+    const int64_t stored = N * width * int64_t(sizeof(A)) <= kResidentBytes ? N : 0;
+    F = scratch.get<A>(N * (1 + kept) + width * (1 + kept + 2 * chunks + stored));
     u_ = F + N;
     G = u_ + kept * N;
     v_ = G + width;
     sums = v_ + kept * width;
     largest = sums + chunks * width;
+    resident = stored ? largest + chunks * width : nullptr;
     std::fill(G, G + width, kNothing);  // beyond M every exponential is 0
     std::fill(v_, v_ + kept * width, A(0));
     std::fill(F, F + N, A(0));
@@ -81,13 +86,13 @@ class Normalizer {
     first_columns(x);
     if (last_rows) {
       for (int64_t t = 1; t < iterations; ++t) {
-        rows(x, t, t == 1, nullptr);
-        columns(t, t + 1);
+        rows(x, t, t, nullptr);
+        columns(t + 1);
       }
     } else {
       for (int64_t t = 2; t <= iterations; ++t) {
-        rows(x, t, false, nullptr, t - 1);
-        columns(t - 1, t);
+        rows(x, t, t - 1, nullptr);
+        columns(t);
       }
     }
   }
@@ -95,7 +100,7 @@ class Normalizer {
   void run(const T* x, T* out) {
     iterate(x);
     if (last_rows) {
-      rows(x, iterations, iterations == 1, out);
+      rows(x, iterations, iterations, out);
     } else {
       write(x, out);
     }
@@ -137,20 +142,23 @@ class Normalizer {
     }
   }
 
-  // K of R rows from row i on, into k (R, width); visit(j, r, K) for each vector.
-  template <int R, typename Visit>
-  void exponentials(const T* x, int64_t i, A* k, Visit visit) const {
+  // K of R rows from row i on, (R, width): kept from an earlier pass, or computed anew. `buffer`
+  // has room for what is not kept.
+  template <int R>
+  A* exponentials(const T* x, int64_t i, A* buffer) const {
+    A* k = resident ? resident + i * width : buffer;
+    if (filled) return k;
     V shift[R];
     for (int r = 0; r < R; ++r) shift[r] = V(F[i + r]);
     by_columns([&](int64_t j, auto n) {
       const V g = V::load(G + j);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const V e = exp_or_zero(temperature.of(load_x(x + (i + r) * M + j, n), g + shift[r]));
-        e.store(k + r * width + j);
-        visit(j, r, e);
+        const V y = temperature.of(load_x(x + (i + r) * M + j, n), g + shift[r]);
+        exp_or_zero(y).store(k + r * width + j);
       }
     });
+    return k;
   }
 
   // Sums of term(j, r) over columns, for R rows, tile by tile.
@@ -199,8 +207,8 @@ class Normalizer {
 
   int64_t N, M, width, iterations, chunk, chunks;
   Temperature<A> temperature;
-  bool last_rows, keep, threads;
-  A *F, *u_, *G, *v_, *sums, *largest;
+  bool last_rows, keep, threads, filled = false;
+  A *F, *u_, *G, *v_, *sums, *largest, *resident;
 
  private:
   static V nearest(V x) { return Temperature<A>::nearest(x); }
@@ -296,29 +304,31 @@ class Normalizer {
   }
 
   // u of iteration t from v of iteration tv, then the column sums or the result.
-  void rows(const T* x, int64_t t, bool first, T* out, int64_t tv = 0) {
-    const A* weights = v(tv ? tv : t);
+  void rows(const T* x, int64_t t, int64_t tv, T* out) {
+    const A* weights = v(tv);
+    const bool first = last_rows && t == 1;
     for_each_chunk([&](int64_t begin, int64_t end, int64_t c) {
       A* sum = sums + c * width;
       if (!out) std::fill(sum, sum + width, A(0));
       by_rows(begin, end, [&](int64_t i, auto rows) {
         constexpr int R = rows;
-        A* k = row_buffer(kRows);
         if (first)
           for (int r = 0; r < R; ++r) shift_row(x, i + r);
-        exponentials<R>(x, i, k, [&](int64_t j, int r, V e) {
-          (e * V::load(weights + j)).store(k + r * width + j);
-        });
+        const A* k = exponentials<R>(x, i, row_buffer(kRows));
         A total[R];
-        row_sums<R>(total, [&](int64_t j, int r, V s) { return s + V::load(k + r * width + j); });
+        row_sums<R>(total, [&](int64_t j, int r, V s) {
+          return fma(V::load(k + r * width + j), V::load(weights + j), s);
+        });
         for (int r = 0; r < R; ++r) u(t)[i + r] = total[r] = reciprocal(total[r]);
         if (!out) return add_rows<R>(total, k, sum);
-        for (int r = 0; r < R; ++r)
-          by_columns([&](int64_t j, auto n) {
-            store_x(V(total[r]) * V::load(k + r * width + j), out + (i + r) * M + j, n);
-          });
+        by_columns([&](int64_t j, auto n) {
+          const V w = V::load(weights + j);
+          for (int r = 0; r < R; ++r)
+            store_x(V::load(k + r * width + j) * w * V(total[r]), out + (i + r) * M + j, n);
+        });
       });
     });
+    filled = resident;
   }
 
   // F, and the u before the first iteration, of a row after the first normalisation of columns.
@@ -333,11 +343,10 @@ class Normalizer {
   }
 
  private:
-  // v of iteration `after`: the sums are of u K v of iteration `before`.
-  void columns(int64_t before, int64_t after) {
+  // v of iteration t from the column sums.
+  void columns(int64_t t) {
     for_column_sums([&](int64_t j, V total) {
-      const V scaled = V::load(v(before) + j) / total;
-      select(total == V(A(0)), V(A(0)), scaled).store(v(after) + j);
+      select(total == V(A(0)), V(A(0)), V(A(1)) / total).store(v(t) + j);
     });
   }
 
@@ -346,13 +355,11 @@ class Normalizer {
     for_each_chunk([&](int64_t begin, int64_t end, int64_t) {
       by_rows(begin, end, [&](int64_t i, auto rows) {
         constexpr int R = rows;
+        const A* k = exponentials<R>(x, i, row_buffer(kRows));
         by_columns([&](int64_t j, auto n) {
-          const V g = V::load(G + j), w = V::load(weights + j);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            const V y = temperature.of(load_x(x + (i + r) * M + j, n), g + V(F[i + r]));
-            store_x(exp_or_zero(y) * w * V(scale[i + r]), out + (i + r) * M + j, n);
-          }
+          const V w = V::load(weights + j);
+          for (int r = 0; r < R; ++r)
+            store_x(V::load(k + r * width + j) * w * V(scale[i + r]), out + (i + r) * M + j, n);
         });
       });
     });

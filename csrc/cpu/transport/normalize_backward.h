@@ -21,7 +21,7 @@ template <typename T>
 class NormalizerBackward : Normalizer<T> {
   using Base = Normalizer<T>;
   using Base::kRows, Base::W, Base::N, Base::M, Base::width, Base::iterations, Base::last_rows;
-  using Base::sums, Base::u, Base::v, Base::temperature, Base::F, Base::G;
+  using Base::sums, Base::u, Base::v, Base::temperature;
   using typename Base::A;
   using typename Base::V;
 
@@ -65,10 +65,10 @@ class NormalizerBackward : Normalizer<T> {
       std::fill(sum, sum + width, A(0));
       Base::by_rows(begin, end, [&](int64_t i, auto rows) {
         constexpr int R = rows;
-        A *k = this->row_buffer(2 * kRows), *g = k + kRows * width;
+        A *buffer = this->row_buffer(2 * kRows), *g = buffer + kRows * width;
         if (last_rows && iterations == 1)
           for (int r = 0; r < R; ++r) this->shift_row(x, i + r);
-        this->template exponentials<R>(x, i, k, [](int64_t, int, V) {});
+        const A* k = this->template exponentials<R>(x, i, buffer);
         this->by_columns([&](int64_t j, auto n) {
           for (int r = 0; r < R; ++r)
             Base::load_x(grad + (i + r) * M + j, n).store(g + r * width + j);
@@ -96,6 +96,7 @@ class NormalizerBackward : Normalizer<T> {
         }
       });
     });
+    this->filled = this->resident;
     set_columns(iterations, weights);
   }
 
@@ -110,8 +111,8 @@ class NormalizerBackward : Normalizer<T> {
       std::fill(sum, sum + width, A(0));
       Base::by_rows(begin, end, [&](int64_t i, auto rows) {
         constexpr int R = rows;
-        A *k = this->row_buffer(2 * kRows), total[R];
-        this->template exponentials<R>(x, i, k, [](int64_t, int, V) {});
+        const A* k = this->template exponentials<R>(x, i, this->row_buffer(kRows));
+        A total[R];
         this->template row_sums<R>(total, [&](int64_t j, int r, V s) {
           return fma(V::load(k + r * width + j), V::load(given + j), s);
         });
@@ -132,9 +133,10 @@ class NormalizerBackward : Normalizer<T> {
     this->for_each_chunk([&](int64_t begin, int64_t end, int64_t) {
       Base::by_rows(begin, end, [&](int64_t i, auto rows) {
         constexpr int R = rows;
+        const A* k = this->template exponentials<R>(x, i, this->row_buffer(kRows));
         this->by_columns([&](int64_t j, auto n) {
           V h[R];
-          const V w = V::load(weights + j), g = V::load(G + j);
+          const V w = V::load(weights + j);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r)
             h[r] = Base::load_x(grad + (i + r) * M + j, n) * w * V(scale[i + r]);
@@ -146,8 +148,8 @@ class NormalizerBackward : Normalizer<T> {
           }
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
-            const V y = temperature.of(Base::load_x(x + (i + r) * M + j, n), g + V(F[i + r]));
-            Base::store_x(h[r] * exp_or_zero(y) * V(temperature.high), out + (i + r) * M + j, n);
+            const V factor = V::load(k + r * width + j) * V(temperature.high);
+            Base::store_x(h[r] * factor, out + (i + r) * M + j, n);
           }
         });
       });
