@@ -24,6 +24,7 @@ from weft.triton_kernels import common  # noqa: E402
 pytestmark = pytest.mark.skipif(common.INTERPRETED, reason="needs the compiler")
 
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -6,6 +6,7 @@ import torch
 from weft.ops.cases import randn
 from weft.ops.registration import INTERPRETED
 from weft.ops.transport import plan as ops
+from weft.ops.transport import sinkhorn as sinkhorn_ops
 from weft.reference.transport import dense
 from weft.reference.transport.dense import Problem
 from weft.reference.transport.sinkhorn import Settings
@@ -13,6 +14,7 @@ from weft.reference.transport.sinkhorn import Settings
 common = pytest.importorskip("weft.triton_kernels.common")
 plan = pytest.importorskip("weft.triton_kernels.transport.plan")
 blocks = pytest.importorskip("weft.triton_kernels.transport.blocks")
+implicit = pytest.importorskip("weft.triton_kernels.transport.implicit")
 kernels = pytest.importorskip("weft.triton_kernels.transport.sinkhorn")
 
 ON_GPU = not INTERPRETED and torch.cuda.is_available()
@@ -150,3 +152,20 @@ def test_columns_that_underflow(route):
     cost[:, 5] += 300
     check_solution((cost, *others), None, FREE, 4, -1.0, False, 1e-4)
     check_solution((cost, *others), None, (1.0, 2.0), 4, -1.0, False, 2e-4)
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("kind, rho", [(kind, FREE) for kind in KINDS] + [("masked", (0.9, 2.0))])
+def test_implicit_gradient(kind, rho, small, monkeypatch):
+    if not small:
+        monkeypatch.setattr(implicit, "ENTRIES", -1)
+        monkeypatch.setattr(implicit, "STEPS", 24)
+    args = problem(kind, N=17, M=9)
+    settings = Settings(*rho, 30, -1.0, False, args[7] is not None)
+    rest = [t.float() for t in dense.sinkhorn(Problem(*wide(args)), None, settings)[:2]]
+    rest += [randn(*t.shape, device=DEVICE, seed=8) for t in rest]
+    for n, t in enumerate(rest[2:]):  # nothing asks for what is not there
+        t[rest[n].isinf()] = 0
+    rest[3][:, 0] += rest[2].sum(1) - rest[3].sum(1)
+    found = implicit.sinkhorn_backward(*args, *rest, *rho)
+    close(found, sinkhorn_ops._formula_backward(*wide(args), *wide(rest), *rho), 1e-4)

@@ -327,7 +327,11 @@ backward = Op(
     f"({GRADIENTS})",
     family="transport",
     fake=_fake_backward,
-    implementations=[cpu("sinkhorn_backward"), reference(_formula_backward)],
+    implementations=[
+        cpu("sinkhorn_backward"),
+        triton("transport.implicit", "sinkhorn_backward"),
+        reference(_formula_backward),
+    ],
 )
 unrolled_backward = Op(
     "sinkhorn_unrolled_backward",
