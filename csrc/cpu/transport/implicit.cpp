@@ -6,13 +6,14 @@
 // and ∂C_ij = e_ij (b_j X_i + a_i Y_j), ∂a_i = −ε Σ_j e_ij Y_j, ∂b_j = −ε Σ_i e_ij X_i.
 //
 // The e are computed once, where ∂C will be or, of half precision and of a dustbin, in scratch
-// memory. Without the X, and with Y_j = b_j y_j, the system is symmetric and, since the diagonals
-// are the sums of these very e, not negative:
+// memory. Without the X, and with Y_j = δ_j / ψ_j + b_j y_j, the system is symmetric and, since the
+// diagonals are the sums of these very e, not negative:
 //
-//     b_j ψ_j y_j − b_j Σ_i e_ij (a_i / φ_i) Σ_k e_ik b_k y_k = δ_j − b_j Σ_i e_ij γ_i / φ_i
+//     b_j ψ_j y_j − b_j Σ_i e_ij (a_i / φ_i) Σ_k e_ik b_k y_k
+//         = b_j Σ_i e_ij (a_i Σ_k e_ik δ_k / ψ_k − γ_i) / φ_i
 //
-// Conjugate gradients with the diagonal as preconditioner solve it; each step reads every e once. A
-// column of weight 0 has Y_j = δ_j / ψ_j, so nothing divides by a weight. Vectors are double.
+// Conjugate gradients with the diagonal as preconditioner solve it; each step reads every e once.
+// Nothing divides by a weight, and a small one makes no large residual. Vectors are double.
 #include "cpu/transport/rows.h"
 
 namespace weft {
@@ -83,16 +84,13 @@ class Implicit {
       for (int64_t i = 0; i < rows_; ++i) gamma[size_t(i)] -= double(p_.a[i]) * (excess / mass);
       for (int64_t j = 0; j < columns_; ++j) delta[size_t(j)] += double(p_.b[j]) * (excess / mass);
     }
-    Y.assign(size_t(columns_), 0.0);
-    for (size_t j = 0; j < Y.size(); ++j)
-      if (p_.b[j] == 0) Y[j] = delta[j] / psi_[j];
-    Doubles right(Y.size()), y(Y.size(), 0.0);
+    Y.resize(size_t(columns_));
+    for (size_t j = 0; j < Y.size(); ++j) Y[j] = delta[j] / psi_[j];
+    Doubles right, y(Y.size(), 0.0);
     through_rows(Y, gamma.data(), right);
-    for (size_t j = 0; j < Y.size(); ++j)
-      right[j] = p_.b[j] == 0 ? 0.0 : delta[j] + double(p_.b[j]) * right[j];
+    for (size_t j = 0; j < Y.size(); ++j) right[j] *= double(p_.b[j]);
     conjugate_gradients(right, y);
-    for (size_t j = 0; j < Y.size(); ++j)
-      if (p_.b[j] != 0) Y[j] = double(p_.b[j]) * y[j];
+    for (size_t j = 0; j < Y.size(); ++j) Y[j] += double(p_.b[j]) * y[j];
     X.resize(size_t(rows_));
     narrow(Y);
     blocks_.run([&](int64_t, int64_t first, int64_t last) {

@@ -79,7 +79,7 @@ struct Extended {
   using A = Acc<T>;
   CostMatrix<T> cost;
   int64_t rows, columns;
-  A inverse;  // 1/ε
+  A inverse, inverse_rest;  // 1/ε is their sum, both > 0
   A *a, *b, *f, *g;
 
   Extended(const TransportArguments& args, int64_t index, const Tensor& f_all, const Tensor& g_all,
@@ -91,7 +91,10 @@ struct Extended {
   // Without potentials: f and g are not filled.
   Extended(const TransportArguments& args, int64_t index, Scratch& storage)
       : cost(args.problem<T>(index)), rows(cost.rows()), columns(cost.columns()) {
-    inverse = A(1) / cost.epsilon;
+    const double exact = 1 / double(cost.epsilon);
+    inverse = A(exact);
+    if (double(inverse) > exact) inverse = std::nextafter(inverse, A(0));
+    inverse_rest = A(std::max(exact - double(inverse), exact * 0x1p-60));
     a = storage.get<A>(2 * (rows + columns));
     b = a + rows, f = b + columns, g = f + rows;
     of_rows(args.view<A>(args.a), index, a);
@@ -126,8 +129,13 @@ struct Extended {
   }
   // (f_i + g_j − C_ij) / ε
   Vec<A> exponent(Vec<A> f_i, const A* C, A sign, int64_t j, int64_t count) const {
-    const Vec<A> sum = f_i + load_first<A>(g + j, count);
-    return fma(Vec<A>(-sign), load_first<A>(C + j, count), sum) * Vec<A>(inverse);
+    return scaled(f_i + load_first<A>(g + j, count), C, sign, j, count);
+  }
+  // (potential − C_ij) / ε, of an infinite one as that; a rounded 1/ε would change every digit that
+  // e^x has beyond those of x.
+  Vec<A> scaled(Vec<A> potential, const A* C, A sign, int64_t j, int64_t count) const {
+    const Vec<A> gap = fma(Vec<A>(-sign), load_first<A>(C + j, count), potential);
+    return fma(gap, Vec<A>(inverse), gap * Vec<A>(inverse_rest));
   }
 };
 

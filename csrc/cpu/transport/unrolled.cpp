@@ -5,11 +5,13 @@
 //     p_ij = b_j e^((g^{t-1}_j + F_i − C_ij) / ε)  v_i = λ_i γ_i    δ_j ← −Σ_i v_i p_ij
 //     ∂C_ij += u_j q_ij + v_i p_ij
 //
-// The columns of q sum to 1, the rows of p too. ∂a_i = −(ε / a_i) Σ_t Σ_j u_j q_ij, ∂b_j = (ε /
-// b_j) Σ_t δ_j, and since potentials scale with costs and ε,
+// The columns of q sum to 1, the rows of p too. ∂a_i = −(ε / a_i) Σ_t Σ_j u_j q_ij and
+// ∂b_j = (ε / b_j) Σ_t δ_j. Potentials scale with costs and ε, so
 //
-//     ε ∂ε = Σ_t (Σ_j u_j g_j + Σ_i f_i (Σ_j u_j q_ij + v_i) − Σ_j g^{t-1}_j δ_j) − Σ_ij ∂C_ij
-//     C_ij.
+//     ε ∂ε = Σ_t (Σ_j u_j g_j + Σ_i f_i (v_i + Σ_j u_j q_ij) − Σ_j g^{t-1}_j δ_j) − Σ ∂C_ij C_ij
+//
+// where the last sum is made of C_ij − f_i − g_j, with the last potentials, and of the sums of rows
+// and columns of ∂C, which are known: so the rounding of ∂C counts for little.
 //
 // All but the sums over i belongs to one row: an iteration reads the costs once and adds to ∂C
 // once, and q and p share an exponential, E_ij = e^((F_i + max(g^{t-1}_j, G_j) − C_ij) / ε):
@@ -38,6 +40,8 @@ class Unrolled {
         width_(round_up(p.columns, V::size)),
         row_sums_(size_t(p.rows), 0.0),
         column_sums_(size_t(p.columns), 0.0),
+        last_f_(history_.f(iterations)),
+        last_g_(history_.g(iterations)),
         block_scalars_(size_t(4 * blocks_.count()), 0.0) {
     static thread_local Scratch storage;
     column_factors_ = storage.get<A>((5 + 2 * blocks_.count()) * width_);
@@ -80,20 +84,22 @@ class Unrolled {
         A sign, *row = gradient_ + i * ld_;
         const A* C = p_.costs(i, buffer, sign);
         V sum(A(0));
-        const V back(c.similarity ? A(-1) : A(1));
+        const V back(c.similarity ? A(-1) : A(1)), f_i(last_f_[i]);
         for_vectors<A>(c.m, [&](int64_t j, int64_t n) {
           const V d = load_first<A>(row + j, n);
-          sum = fma(d, finite(load_first<A>(C + j, n)), sum);
+          const V potential = f_i + load_first<A>(last_g_ + j, n);
+          const V gap = fma(V(-sign), load_first<A>(C + j, n), potential);
+          sum = fma(d, weft::finite(gap), sum);
           store_first(d * back, row + j, n);
         });
-        parts[size_t(k)] += double(sign) * double(reduce_sum(sum));
+        parts[size_t(k)] += double(reduce_sum(sum));
         T* to = grad_cost + i * c.M;
         if constexpr (!std::is_same_v<T, A>) convert(row, to, c.m);
         std::fill(to + c.m, to + c.M, T(0));
       }
     });
     std::fill(grad_cost + c.n * c.M, grad_cost + c.N * c.M, T(0));
-    for (const double part : parts) scalar_ -= part;
+    for (const double part : parts) scalar_ += part;
     for (int64_t l = 0; l < 3; ++l)
       if (std::isfinite(c.border[l])) scalar_ -= border[l] * double(c.border[l]);
     scalar = scalar_;
@@ -106,6 +112,8 @@ class Unrolled {
  private:
   static constexpr double kLeastFactor = 1e-26, kLargestFactor = 1e8;
   static constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+  static A finite(A potential) { return std::isinf(potential) ? A(0) : potential; }
 
   A* factors(int n) const { return column_factors_ + n * width_; }
   A* H() const { return factors(0); }  // max(g^{t-1}, G)
@@ -121,7 +129,7 @@ class Unrolled {
     for (int64_t j = 0; j < p_.columns; ++j) {
       const double weighted = double(lambda[j]) * delta[size_t(j)];
       u()[j] = g[j] == -kInfinity ? A(0) : A(weighted);
-      if (g[j] != -kInfinity) scalar_ += weighted * double(g[j]);
+      if (g[j] != -kInfinity) scalar_ += weighted * (double(g[j]) - double(finite(last_g_[j])));
     }
     for_vectors<A>(p_.columns, [&](int64_t j, int64_t n) {
       const V old = load_first<A>(before + j, n), b = load_first<A>(p_.b + j, n);
@@ -132,10 +140,6 @@ class Unrolled {
       store_first(now, G() + j, n), store_first(most, H() + j, n);
       store_first(of_p, P() + j, n), store_first(of_q * load_first<A>(u() + j, n), U() + j, n);
     });
-  }
-
-  V exponent(V potential, const A* C, A sign, int64_t j, int64_t n) const {
-    return fma(V(-sign), load_first<A>(C + j, n), potential) * V(p_.inverse);
   }
 
   // Row i of block k in iteration t.
@@ -155,7 +159,8 @@ class Unrolled {
     const double of_row = gamma - double(taken), v = lambda * of_row;
     row_sums_[size_t(i)] += double(taken);
     double* scalars = block_scalars_.data() + 4 * k;
-    scalars[0] += double(f) * (double(taken) + v);
+    const A last_f = last_f_[i];
+    scalars[0] += (double(f) - double(finite(last_f))) * (double(taken) + v);
     const bool inside = i < p_.cost.n;
     const int64_t m = p_.cost.m;
     if (inside)
@@ -179,11 +184,16 @@ class Unrolled {
       for_vectors<A>(m, [&](int64_t j, int64_t n) { add(j, n, d + j); });
     else
       for_vectors<A>(m, [&](int64_t j, int64_t n) { add(j, n, d + j); });
-    if (!inside) scalars[2] += double(sum(d, m));
+    if (!inside) {
+      const double total = double(sum(d, m));
+      scalars[2] += total, scalars[0] += double(finite(last_f)) * total;
+      for (int64_t j = 0; j < m; ++j) scalars[0] += double(d[j]) * double(finite(last_g_[j]));
+    }
     if (p_.cost.has_column) {
       A last = 0;
       add(m, 1, &last);
       scalars[inside ? 1 : 3] += double(last);
+      scalars[0] += double(last) * (double(finite(last_f)) + double(finite(last_g_[m])));
     }
   }
 
@@ -192,7 +202,7 @@ class Unrolled {
     V sum(A(0));
     const V F_i(F), bound(A(80));
     for_vectors<A>(p_.columns, [&](int64_t j, int64_t n) {
-      const V x = exponent(F_i + load_first<A>(H() + j, n), C, sign, j, n);
+      const V x = p_.scaled(F_i + load_first<A>(H() + j, n), C, sign, j, n);
       const V e = exp_or_zero(min(bound, x));  // more only where both weights are 0
       store_first(e, E + j, n);
       sum = fma(e, load_first<A>(U() + j, n), sum);
@@ -208,8 +218,8 @@ class Unrolled {
     const A *before = history_.g(t - 1), *log_b = history_.log_b();
     for_vectors<A>(p_.columns, [&](int64_t j, int64_t n) {
       const V old = load_first<A>(before + j, n), now = load_first<A>(G() + j, n);
-      const V to_p = exponent(F_i + old, C, sign, j, n) + load_first<A>(log_b + j, n);
-      const V to_q = exponent(f_i + now, C, sign, j, n) + log_i;
+      const V to_p = p_.scaled(F_i + old, C, sign, j, n) + load_first<A>(log_b + j, n);
+      const V to_q = p_.scaled(f_i + now, C, sign, j, n) + log_i;
       const auto no_p = (load_first<A>(p_.b + j, n) == zero) | (old == none);
       const V p = select(no_p, zero, exp_or_zero(min(bound, to_p)));
       const auto no_q = (log_i == none) | (now == none);
@@ -231,7 +241,8 @@ class Unrolled {
       }
       delta[size_t(j)] = -(double(P()[j]) * shared + other);
       column_sums_[size_t(j)] += delta[size_t(j)];
-      if (before[j] != -kInfinity) scalar_ -= double(before[j]) * delta[size_t(j)];
+      if (before[j] != -kInfinity)
+        scalar_ -= (double(before[j]) - double(finite(last_g_[j]))) * delta[size_t(j)];
     }
   }
 
@@ -240,7 +251,9 @@ class Unrolled {
   UnrolledHistory<T> history_;
   A *gradient_, *column_factors_, *sums_;
   int64_t ld_, width_;
-  Doubles row_sums_, column_sums_, block_scalars_;  // of a block: a scalar and the border's
+  Doubles row_sums_, column_sums_;
+  const A *last_f_, *last_g_;
+  Doubles block_scalars_;  // of a block: a scalar and the border's
   double scalar_ = 0;
   bool shares_ = true;  // weights of columns allow one exponential for both
 };

@@ -97,7 +97,7 @@ class UnrolledHistory {
   A ratios(const A* C, A sign, A shift, const A* g, A* E) const {
     V sum(A(0));
     for_vectors<A>(p_.columns, [&](int64_t j, int64_t n) {
-      const V x = exponent(V(shift) + load_first<A>(g + j, n), C, sign, j, n);
+      const V x = p_.scaled(V(shift) + load_first<A>(g + j, n), C, sign, j, n);
       const V e = exp(x);
       store_first(e, E + j, n);
       sum = fma(load_first<A>(E + j, n), load_first<A>(p_.b + j, n), sum);
@@ -105,15 +105,11 @@ class UnrolledHistory {
     return reduce_sum(sum);
   }
 
-  V exponent(V potential, const A* C, A sign, int64_t j, int64_t n) const {
-    return fma(V(-sign), load_first<A>(C + j, n), potential) * V(p_.inverse);
-  }
-
   // F of a row; −∞ of nothing.
   [[gnu::noinline]] A from_largest(const A* C, A sign, const A* g) const {
     const auto each = [&](auto f) {
       for_vectors<A>(p_.columns, [&](int64_t j, int64_t n) {
-        const V x = exponent(load_first<A>(g + j, n), C, sign, j, n);
+        const V x = p_.scaled(load_first<A>(g + j, n), C, sign, j, n);
         const auto none = load_first<A>(p_.b + j, n) == V(A(0));  // the lanes past the end too
         f(select(none, V(-kInfinity), x + load_first<A>(log_b() + j, n)));
       });
@@ -140,7 +136,7 @@ class UnrolledHistory {
             if (p_.a[i] == 0 || f_now[i] == -kInfinity) continue;
             p_.cost.costs(i, first, last, costs);
             for_vectors<A>(count, [&](int64_t j, int64_t n) {
-              f(j, n, V(log_a()[i]) + exponent(V(f_now[i]), costs, A(1), j, n));
+              f(j, n, V(log_a()[i]) + p_.scaled(V(f_now[i]), costs, A(1), j, n));
             });
           }
         };
