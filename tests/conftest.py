@@ -76,8 +76,16 @@ def pytest_collection_modifyitems(config, items):
     if not slow_too:
         slow = pytest.mark.skip(reason="long leg: make test-all")
         for item in items:
-            if "slow" in item.keywords:
+            if "slow" in item.keywords or _is_of_a_middle_level(item):
                 item.add_marker(slow)
+
+
+def _is_of_a_middle_level(item) -> bool:
+    """Above AVX2 the levels differ by the width of a vector and by matrix products in bfloat16: the
+    best one stands for those between."""
+    callspec = getattr(item, "callspec", None)
+    level = str(callspec.params.get("implementation", "")).partition(":")[2] if callspec else ""
+    return level in native.LEVELS[2:] and level != native.supported_levels()[-1]
 
 
 def _is_for_the_interpreter(item, slow_too: bool) -> bool:
