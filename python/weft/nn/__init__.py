@@ -81,6 +81,7 @@ from weft.nn.convergent_learning import UnitCorrelation, UnitMatches, match_unit
 from weft.nn.correspondence import Correspondence, fuse_features, joint_pca, nearest_correspondence
 from weft.nn.data_selection import TransportSelection
 from weft.nn.fixed_classifiers import ETFClassifier, SimplexClassifier
+from weft.nn.graph_matching import EntropicGraphMatchingLoss
 from weft.nn.grassmann import GrassmannClassifier
 from weft.nn.hyperbolic import PoincareClassifier, PoincareLinear
 from weft.nn.incremental import (
@@ -158,6 +159,7 @@ __all__ = [
     "DualSoftmaxMatching",
     "ETFClassifier",
     "EViTBlock",
+    "EntropicGraphMatchingLoss",
     "FITBlock",
     "FeatureSpaceAttention",
     "GaussianMaskAttention",
