@@ -100,7 +100,26 @@ def ott_jax() -> Callable:
     return sinkhorn
 
 
+def pot_assignments() -> Callable:
+    """ot.sinkhorn for a fixed number of iterations: columns, then rows, to 1/M and 1/N."""
+    import ot
+
+    def doubly_stochastic(
+        scores, iterations, *, epsilon=1.0, last="rows", stabilizer=0.0, group=None
+    ):
+        if scores.dim() != 2 or last != "rows" or stabilizer or group is not None:
+            raise NotImplementedError("one matrix, rows last, no stabilizer")
+        if scores.requires_grad or scores.dtype not in (torch.float32, torch.float64):
+            raise NotImplementedError("NumPy: float32 and float64, no gradients")
+        options = {"numItermax": iterations, "stopThr": NO_STOP, "warn": False}
+        plan = ot.sinkhorn([], [], -scores.numpy(), epsilon, **options)
+        return torch.as_tensor(len(scores) * plan)
+
+    return doubly_stochastic
+
+
 PEERS = [
+    Peer("pot numpy", "doubly_stochastic", "ot", "pot", pot_assignments),
     Peer("pot", "sinkhorn", "ot", "pot", lambda: pot_batched("log_sinkhorn")),
     Peer("pot scaling", "sinkhorn", "ot", "pot", lambda: pot_batched("sinkhorn")),
     Peer("pot numpy", "sinkhorn", "ot", "pot", pot_numpy),
