@@ -45,8 +45,8 @@ def doubly_stochastic(
     \mathrm{softmax}(S / \varepsilon) + s` along that axis, and every later one divides by its sum
     plus s.
 
-    It is computed with shifts that keep every exponent in range, whatever the scores: none
-    overflows, and no line vanishes that has a finite score.
+    It is computed with shifts that keep every exponent in range, as long as scores / epsilon are
+    finite: nothing overflows, and no line vanishes that has a finite score.
 
     Args:
         scores: ``(..., N, M)``. −inf is an entry of 0; a row or a column of −inf alone gives
