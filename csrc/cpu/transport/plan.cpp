@@ -136,6 +136,41 @@ double penalty(double potential, double rho) {
   return std::isinf(rho) ? potential : -rho * std::expm1(-potential / rho);
 }
 
+// Σ w φ(p), nothing of what has no weight or no potential.
+template <typename A>
+double penalties(const A* weights, const A* potentials, int64_t count, double rho, bool border) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double strength = border && i + 1 == count ? double(INFINITY) : rho;
+    const double value = penalty(double(potentials[i]), strength);
+    if (weights[i] != 0 && !std::isinf(value)) sum += double(weights[i]) * value;
+  }
+  return sum;
+}
+
+// Σ a φ_a(f) + Σ b φ_b(g) + ε (Σ a Σ b − Σ b ψ) with ψ = φ_b'(g), the ratios of the columns.
+template <typename T>
+void value(const TransportArguments& args, const Tensor& f, const Tensor& g, double rho_a,
+           double rho_b, Acc<T>* out) {
+  using A = Acc<T>;
+  for_problems(args.B, args.N + args.M, [&](int64_t index) {
+    static thread_local Scratch vectors;
+    const Extended<T> p(args, index, f, g, vectors);
+    double mass_a = 0, mass_b = 0, moved = 0;
+    for (int64_t i = 0; i < p.rows; ++i) mass_a += double(p.a[i]);
+    for (int64_t j = 0; j < p.columns; ++j) {
+      const double b = double(p.b[j]), potential = double(p.g[j]);
+      const bool exact = std::isinf(rho_b) || (p.cost.has_column && j + 1 == p.columns);
+      mass_b += b;
+      if (b != 0 && potential != -double(INFINITY))
+        moved += exact ? b : b * std::exp(-potential / rho_b);
+    }
+    const double of_a = penalties(p.a, p.f, p.rows, rho_a, p.cost.has_row);
+    const double of_b = penalties(p.b, p.g, p.columns, rho_b, p.cost.has_column);
+    out[index] = A(of_a + of_b + double(p.cost.epsilon) * (mass_a * mass_b - moved));
+  });
+}
+
 template <typename T>
 void value_backward(const TransportArguments& args, const Tensor& f, const Tensor& g,
                     Vectors<Acc<T>> grad, double rho_a, double rho_b, const Gradients& grads) {
@@ -224,6 +259,20 @@ Seven transport_plan_backward(const Tensor& cost, const Tensor& a, const Tensor&
   return {grads.cost, grads.a, grads.b, grads.epsilon, grads.border, grad_f, grad_g};
 }
 
+Tensor transport_value(const Tensor& cost, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                       const OptionalTensor& mask, const OptionalTensor& rows,
+                       const OptionalTensor& columns, const OptionalTensor& border, bool similarity,
+                       const Tensor& f, const Tensor& g, double rho_a, double rho_b) {
+  const TransportArguments args(cost, a, b, epsilon, mask, rows, columns, border, similarity);
+  args.check_rows(f, "f"), args.check_columns(g, "g");
+  Tensor out = torch::stable::new_empty(epsilon, {args.B});
+  with_float(cost, [&](auto type) {
+    using T = decltype(type);
+    value<T>(args, f, g, rho_a, rho_b, mutable_data<Acc<T>>(out));
+  });
+  return out;
+}
+
 Five transport_value_backward(const Tensor& cost, const Tensor& a, const Tensor& b,
                               const Tensor& epsilon, const OptionalTensor& mask,
                               const OptionalTensor& rows, const OptionalTensor& columns,
@@ -249,6 +298,8 @@ WEFT_CPU_SCHEMAS(m) {
   m.def("transport_plan_backward(" WEFT_TRANSPORT_SCHEMA
         ", Tensor f, Tensor g, Tensor grad, bool log) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("transport_value(" WEFT_TRANSPORT_SCHEMA
+        ", Tensor f, Tensor g, float rho_a, float rho_b) -> Tensor");
   m.def("transport_value_backward(" WEFT_TRANSPORT_SCHEMA
         ", Tensor f, Tensor g, Tensor grad, float rho_a, float rho_b) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -256,6 +307,7 @@ WEFT_CPU_SCHEMAS(m) {
 WEFT_CPU_KERNELS(m) {
   m.impl("transport_plan", TORCH_BOX(&transport_plan));
   m.impl("transport_plan_backward", TORCH_BOX(&transport_plan_backward));
+  m.impl("transport_value", TORCH_BOX(&transport_value));
   m.impl("transport_value_backward", TORCH_BOX(&transport_value_backward));
 }
 

@@ -109,6 +109,7 @@ value = Op(
     family="transport",
     fake=_fake_value,
     implementations=[
+        cpu("transport_value"),
         triton("transport.plan", "transport_value"),
         reference(_reference_value),
     ],
