@@ -59,8 +59,8 @@ def test_connections_are_those_of_mhc(n):
     agree(lambda s: weft.doubly_stochastic(s, 20, **options), lambda s: mhc(s, 20, 1e-6), scores)
 
 
-def test_connections_as_the_paper_has_them():
-    """Without a stabilizer M <- rows(columns(M)) from exp: 20 times, rows last."""
+def test_connections_without_a_stabilizer():
+    """M <- rows(columns(M)) from exp: 20 times, rows last."""
     scores = randn(6, 4, 4, **FLOAT64)
 
     def loop(s):

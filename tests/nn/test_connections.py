@@ -33,7 +33,7 @@ def by_token(layer, x, function):
     return torch.stack(out)
 
 
-def test_connections_are_the_papers_formulas():
+def test_connections_are_the_formulas():
     layer, x = randomized(), randn(4, 3, 5, dtype=torch.float64, seed=9).requires_grad_()
     leaves = [x, *layer.parameters()]
     found, expected = layer(x, torch.tanh), by_token(layer, x, torch.tanh)

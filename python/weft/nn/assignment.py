@@ -38,7 +38,7 @@ class SinkhornAssignment(nn.Module):
         TypeError: scores that are not floating-point.
 
     Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster
-    Assignments", NeurIPS 2020, equation 3 and algorithm 1; Oquab et al., "DINOv2: Learning Robust
+    Assignments", NeurIPS 2020, algorithm 1; Oquab et al., "DINOv2: Learning Robust
     Visual Features without Supervision", TMLR 2024, section 4.
     """
 
@@ -93,9 +93,9 @@ def assignment_cross_entropy(
         ValueError: shapes, a temperature or a reduction out of range.
         TypeError: tensors that are not floating-point.
 
-    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021,
-    equation 2; Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022,
-    equation 2, with the assignments of DINOv2.
+    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021;
+    Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022; with the
+    assignments of DINOv2.
     """
     check_features("scores", scores)
     check_features("assignments", assignments)
@@ -144,7 +144,7 @@ class SwappedPredictionLoss(nn.Module):
         ValueError: arguments out of range, fewer than two crops, shapes.
 
     Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster
-    Assignments", NeurIPS 2020, equations 1 and 2, section 3.2 for several crops.
+    Assignments", NeurIPS 2020, with its multi-crop and its queue.
     """
 
     def __init__(
@@ -211,9 +211,8 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8) -> Tensor:
         ValueError: shapes, eps out of range.
         TypeError: x that is not floating-point.
 
-    Source: Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019, equation 3;
-    Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024,
-    section 4.
+    Source: Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019; Oquab
+    et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024, section 4.
     """
     check_features("x", x)
     if x.dim() != 2 or len(x) < 2:

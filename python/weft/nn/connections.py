@@ -26,13 +26,13 @@ class DoublyStochasticConnections(nn.Module):
     of the streams. α is a number for each of p, q and R.
 
     At the beginning Φ is 0 up to noise and b makes p = 1/n, q = 1 and R nearly the identity: with
-    equal streams that is x + F(x). The paper does not fix b.
+    equal streams that is x + F(x). This choice of b is ours.
 
     Args:
         features: C, of one stream.
-        streams: n >= 2; 4 in the paper.
-        iterations: T >= 1, of the normalisations; 20 in the paper.
-        stabilizer: 0 for the paper's formulas. The DeepSeek V4 models have 1e-6: it is added to p,
+        streams: n >= 2; 4 in DeepSeek V4.
+        iterations: T >= 1, of the normalisations; 20 in DeepSeek V4.
+        stabilizer: 0 for the formulas above. The DeepSeek V4 models have 1e-6: it is added to p,
             and R is that of ``weft.doubly_stochastic`` with it. Their matrix is the transpose of R,
             and so are their weights for it.
         norm_eps: of the RMSNorm, which has no weight.
@@ -49,8 +49,9 @@ class DoublyStochasticConnections(nn.Module):
         ValueError: sizes, shapes, what ``weft.doubly_stochastic`` refuses.
         TypeError: streams that are not floating-point.
 
-    Source: Xie et al., "mHC: Manifold-Constrained Hyper-Connections", 2026, equations 3, 7, 8
-    and 9; the stabilizer as in the DeepSeek V4 model of the transformers library.
+    Source: Xie et al., "mHC: Manifold-Constrained Hyper-Connections", 2026. The order of the
+    normalisations and the stabilizer are those of the DeepSeek V4 model of the transformers
+    library.
     """
 
     def __init__(

@@ -43,10 +43,10 @@ class PALMLoss(nn.Module):
     Args:
         features: D.
         classes: C.
-        prototypes: K of each class; 6 in the paper for CIFAR-100.
+        prototypes: K of each class; 6 in the published runs on CIFAR-100.
         top: k <= K, the prototypes of its class that a sample keeps; 5 there.
         temperature: τ > 0.
-        momentum: m in [0, 1].
+        momentum: m in [0, 1]; 0.999 there.
         proto_weight: λ >= 0.
         epsilon, iterations: of the assignment.
 
@@ -61,7 +61,7 @@ class PALMLoss(nn.Module):
         TypeError: features that are not floating-point, labels that are not int64.
 
     Source: Lu et al., "Learning with Mixture of Prototypes for Out-of-Distribution Detection",
-    ICLR 2024, equations 3 to 8.
+    ICLR 2024, and its published code.
     """
 
     prototypes: Tensor

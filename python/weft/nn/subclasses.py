@@ -37,7 +37,7 @@ def sinkhorn_clusters(
         TypeError: x that is not floating-point.
 
     Source: Hou et al., "Subclass-balancing Contrastive Learning for Long-tailed Recognition",
-    ICCV 2023, algorithm 1, with the assignment of Caron et al., 2020, in place of its greedy one.
+    ICCV 2023, with the assignment of Caron et al., 2020, in place of its greedy one.
     """
     check_features("x", x)
     if x.dim() != 2 or not 1 <= clusters <= len(x):
@@ -109,8 +109,8 @@ class SubclassBalancingLoss(nn.Module):
 
     Shapes: features ``(N, D)``, all views; labels ``(N,)`` int64, of classes; subclasses ``(N,)``
     int64, no two classes sharing one (:func:`weft.nn.sinkhorn_clusters` of each head class);
-    ``temperatures`` ``(N,)``, a τ₂ for each sample: the paper sets it by the spread of its
-    class; loss ``()``, float64 for float64, else float32.
+    ``temperatures`` ``(N,)``, a τ₂ for each sample: the published code has one for each class;
+    loss ``()``, float64 for float64, else float32.
 
     Raises:
         ValueError: arguments out of range, shapes.
