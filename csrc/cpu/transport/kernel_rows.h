@@ -13,7 +13,8 @@ struct RowCosts {
   const A* whole;
   int64_t vectors;
   const A* last;
-  A factor;  // −k, or k where these are −C
+  A factor;       // −k, or k where these are −C
+  int64_t ahead;  // from here to the row that memory is asked for meanwhile
 };
 
 // Reads rows in place where it can; `buffer` has room for a padded row.
@@ -22,6 +23,8 @@ class CostReader {
  public:
   using A = Acc<T>;
   static constexpr int64_t W = Vec<A>::size;
+  // Entries: what the processor fetches by itself ends with the page.
+  static constexpr int64_t kAhead = 4096;
 
   CostReader(const CostMatrix<T>& cost, A k, A* buffer) : cost_(cost), k_(k), buffer_(buffer) {}
 
@@ -30,14 +33,15 @@ class CostReader {
     const int64_t whole = cost_.m / W * W, rest = cost_.m - whole, columns = cost_.columns();
     if (const A* row = cost_.direct(i)) {
       const A sign = cost_.similarity ? A(-1) : A(1);
-      if (whole == columns) return {row, whole / W, nullptr, -sign * k_};
+      const int64_t ahead = ceil_div(kAhead, columns) * cost_.row_stride;
+      if (whole == columns) return {row, whole / W, nullptr, -sign * k_, ahead};
       Vec<A>::load(row + whole, rest).store(buffer_);
       if (cost_.has_column) buffer_[rest] = sign * cost_.border[0];
-      return {row, whole / W, buffer_, -sign * k_};
+      return {row, whole / W, buffer_, -sign * k_, ahead};
     }
     cost_.costs(i, buffer_);
     std::fill(buffer_ + columns, buffer_ + round_up(columns, W), A(0));
-    return {buffer_, whole / W, whole == columns ? nullptr : buffer_ + whole, -k_};
+    return {buffer_, whole / W, whole == columns ? nullptr : buffer_ + whole, -k_, 0};
   }
 
  private:
@@ -48,14 +52,15 @@ class CostReader {
 
 // K_j = 2^(H_j + F + factor C_j) of whole vectors; Σ_j K_j v_j.
 template <typename A>
-[[gnu::noinline]] A make_kernel(const A* C, int64_t vectors, A factor, A F, const A* H, const A* v,
-                                A* K) {
+[[gnu::noinline]] A make_kernel(const A* C, int64_t vectors, A factor, int64_t ahead, A F,
+                                const A* H, const A* v, A* K) {
   using V = Vec<A>;
   constexpr int64_t W = V::size;
   const V times(factor), shift(F), most(A(126));
   const auto term = [&](int64_t j, V sum) {
     // Where F is that of the last iteration, H + F is about k C for all that matters: what is
     // rounded here is small, as it is not with F added at the end.
+    __builtin_prefetch(C + j + ahead, 0, 2);
     const V x = fma(V::load(C + j), times, V::load(H + j) + shift);
     const V power = power_or_zero(min(most, x));
     power.store(K + j);
@@ -72,9 +77,9 @@ template <typename A>
 }
 template <typename A>
 A make_kernel(const RowCosts<A>& row, A F, const A* H, const A* v, A* K) {
-  A sum = make_kernel(row.whole, row.vectors, row.factor, F, H, v, K);
+  A sum = make_kernel(row.whole, row.vectors, row.factor, row.ahead, F, H, v, K);
   const int64_t at = row.vectors * Vec<A>::size;
-  if (row.last) sum += make_kernel(row.last, 1, row.factor, F, H + at, v + at, K + at);
+  if (row.last) sum += make_kernel(row.last, 1, row.factor, 0, F, H + at, v + at, K + at);
   return sum;
 }
 

@@ -24,7 +24,7 @@ struct SinkhornState {
   using A = Acc<T>;
   static constexpr int64_t W = Vec<A>::size, kBlock = 8;
   static constexpr int64_t kKernelBytes = 512 << 10;  // of a K that is kept: half of an L2 cache
-  static constexpr int64_t kBlockBytes = 16 << 10;    // of rows of one that is not
+  static constexpr int64_t kBlockBytes = 40 << 10;    // of rows of one that is not
   static constexpr int64_t kPartEntries = 1 << 15;    // of rows with column sums of their own
   static constexpr int64_t kPartsBytes = 512 << 10;   // of column sums
   static constexpr int64_t kMostParts = 32;
