@@ -44,8 +44,8 @@ class EntropicGraphMatchingLoss(nn.Module):
     r"""Views of the same images should be matched with each other, by features and by neighbours.
 
     The matching maximises
-    :math:`\langle P, S_v \rangle + \frac{\lambda}{2} \langle P, G(P) \rangle` over plans between the
-    two views, S_v the cosines of nodes and G the agreement of edges (:func:`edge_agreement`), plus
+    :math:`\langle P, S_v \rangle + \frac{\lambda}{2} \langle P, G(P) \rangle` over plans between
+    the two views, S_v the cosines of nodes, G the agreement of edges (:func:`edge_agreement`), plus
     an entropy. Each of ``steps`` linearises the second term at the plan before and solves the
     transport problem. The loss is the share of mass that is not on the right pairs,
     :math:`1 - \sum_i P_{ii}`: the Hamming distance to the true matching, relaxed.
