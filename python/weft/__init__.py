@@ -24,6 +24,7 @@ from weft.ops.stats.segment_stats import segment_stats
 from weft.ops.stats.whitening import Whitening, whitening
 from weft.ops.transport.conditional_transport import ConditionalPlans, conditional_transport
 from weft.ops.transport.doubly_stochastic import doubly_stochastic
+from weft.ops.transport.log_optimal_transport import log_optimal_transport
 from weft.ops.transport.result import NotConverged
 from weft.ops.transport.sinkhorn import sinkhorn
 from weft.ops.transport.sinkhorn_divergence import sinkhorn_divergence
@@ -51,6 +52,7 @@ __all__ = [
     "hamming_topk",
     "integrations",
     "linear_cross_entropy",
+    "log_optimal_transport",
     "masks",
     "maxsim",
     "native",

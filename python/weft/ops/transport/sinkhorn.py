@@ -43,6 +43,7 @@ from weft.ops.transport.settings import centered, check_settings, check_start, l
 from weft.reference.transport import dense, gradients
 from weft.reference.transport.dense import Problem
 from weft.reference.transport.sinkhorn import Settings, total
+from weft.reference.transport.unrolled import sinkhorn_unrolled_backward
 
 
 @register_result
@@ -305,7 +306,7 @@ def _formula_unrolled_backward(*args):
     p = problem_of(args)
     settings = _settings((rho_a, rho_b, max_iterations, -1.0, False), p)
     first = args[2] * 0 if start is None else start
-    grads = gradients.sinkhorn_unrolled_backward(grad_f, grad_g, p, first, settings)
+    grads = sinkhorn_unrolled_backward(grad_f, grad_g, p, first, settings)
     return filled(grads, args)
 
 

@@ -121,23 +121,6 @@ def nonzero(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1, x)
 
 
-def sinkhorn_unrolled_backward(
-    grad_f: Tensor, grad_g: Tensor, p: Problem, start: Tensor | None, settings: Settings
-) -> tuple[Tensor | None, ...]:
-    """The gradient of exactly so many iterations: of C, a, b, ε, the border and the start."""
-    given = [p.cost, p.a, p.b, p.epsilon, p.border, start]
-
-    def potentials(*values):
-        full = iter(values)
-        cost, a, b, epsilon, border, first = (None if t is None else next(full) for t in given)
-        q = Problem(cost, a, b, epsilon, p.mask, p.rows, p.columns, border, p.similarity)
-        return sinkhorn(q, first, settings, stops=False)[:2]
-
-    _, pull = torch.func.vjp(potentials, *(t for t in given if t is not None))
-    grads = iter(pull((grad_f, grad_g)))
-    return tuple(None if t is None else next(grads) for t in given)
-
-
 def plan_backward(
     grad: Tensor, p: Problem, f: Tensor, g: Tensor, log: bool
 ) -> tuple[Tensor | None, ...]:
