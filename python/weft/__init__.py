@@ -25,6 +25,7 @@ from weft.ops.stats.whitening import Whitening, whitening
 from weft.ops.transport.conditional_transport import ConditionalPlans, conditional_transport
 from weft.ops.transport.doubly_stochastic import doubly_stochastic
 from weft.ops.transport.log_optimal_transport import log_optimal_transport
+from weft.ops.transport.progressive_partial_transport import progressive_partial_transport
 from weft.ops.transport.result import NotConverged
 from weft.ops.transport.sinkhorn import sinkhorn
 from weft.ops.transport.sinkhorn_divergence import sinkhorn_divergence
@@ -63,6 +64,7 @@ __all__ = [
     "pairwise",
     "pairwise_distance",
     "patch",
+    "progressive_partial_transport",
     "prototype_similarity",
     "relative_bias",
     "segment_stats",
