@@ -93,6 +93,7 @@ from weft.nn.incremental import (
 from weft.nn.mahalanobis import MahalanobisHead, class_aware_alignment_loss
 from weft.nn.matching import DualSoftmaxMatching, Matches, mutual_nearest
 from weft.nn.nadaraya_watson import NadarayaWatsonHead
+from weft.nn.optimal_matching import Matching, OptimalMatching
 from weft.nn.orthogonal import (
     BasisTransformation,
     OrthogonalCompatibleLayer,
@@ -104,6 +105,7 @@ from weft.nn.partial_fc import PartialFC
 from weft.nn.patch_ct import PatchCTLoss
 from weft.nn.pixel_propagation import PixelConsistencyLoss, PixelPropagation
 from weft.nn.probabilistic import ProbabilisticEmbeddingLoss
+from weft.nn.progressive_pseudo_labels import ProgressivePseudoLabels, neighbor_graph
 from weft.nn.projections import (
     ConceptProjection,
     concept_basis,
@@ -133,6 +135,10 @@ from weft.nn.vector_quantizer import VectorQuantizer
 from weft.nn.visual_words import VisualWordPredictor, VisualWords
 
 __all__ = [
+    "neighbor_graph",
+    "ProgressivePseudoLabels",
+    "OptimalMatching",
+    "Matching",
     "AggregatedAttention",
     "BasisTransformation",
     "CMCLoss",

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from weft.ops.checks import check_float
 from weft.ops.transport.problem import wide_dtype
-from weft.ops.transport.sinkhorn import check_settings, plan_of, solved
+from weft.ops.transport.settings import check_settings
+from weft.ops.transport.sinkhorn import plan_of, solved
 from weft.reference.transport.dense import Problem
 
 
