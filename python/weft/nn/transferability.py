@@ -51,15 +51,16 @@ class TransferabilityScore:
     adding the best model first, then the best with it, is the usual approximation.
 
     Args:
-        weights: (w_D, w_T, w_C) ≥ 0. The terms have different units; those of the paper are not
-            known to us, and 1 each is only a default.
+        weights: (w_D, w_T, w_C) ≥ 0. The paper adds the three as they are, though their units
+            differ.
         epsilon: of the coupling, in units of the mean cost.
 
     Source: Vimal K B et al., "Building a Winning Team: Selecting Source Model Ensembles using a
     Submodular Transferability Estimation Approach", ICCV 2023: domain difference, task difference
     and cohesiveness; the first two are those of Tan et al., "OTCE: A Transferability Metric for
-    Cross-Domain Cross-Task Representations", CVPR 2021, equations 3 to 6. The sign of cohesiveness
-    and how pairs are summed are our reading.
+    Cross-Domain Cross-Task Representations", CVPR 2021, equations 3 to 6. Section 4 asks for low
+    disagreement; how its pairs are summed is our reading. Its text describes W_T as the entropy of
+    the source's labels given the target's; that of OTCE, which it follows, is the one here.
     """
 
     def __init__(
