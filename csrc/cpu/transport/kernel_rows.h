@@ -33,7 +33,7 @@ class CostReader {
     const int64_t whole = cost_.m / W * W, rest = cost_.m - whole, columns = cost_.columns();
     if (const A* row = cost_.direct(i)) {
       const A sign = cost_.similarity ? A(-1) : A(1);
-      const int64_t ahead = ceil_div(kAhead, columns) * cost_.row_stride;
+      const int64_t ahead = ceil_div(kAhead, std::max<int64_t>(columns, 1)) * cost_.row_stride;
       if (whole == columns) return {row, whole / W, nullptr, -sign * k_, ahead};
       Vec<A>::load(row + whole, rest).store(buffer_);
       if (cost_.has_column) buffer_[rest] = sign * cost_.border[0];
