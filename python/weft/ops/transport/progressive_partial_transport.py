@@ -50,7 +50,7 @@ def progressive_partial_transport(
         graph: S ``(n, n)``, sparse (COO or CSR) or dense, in the dtype of the logits or its wider
             one: how alike samples are. For a descent of the objective S + Sᵀ must be positive
             semidefinite.
-        graph_strength: λ₁ ≥ 0; the paper begins at 1000 and has 1000 (1 − ρ).
+        graph_strength: λ₁ > 0, 0 without a graph; the paper begins at 1000 and has 1000 (1 − ρ).
         max_iterations, tolerance: of each transport problem, as in ``weft.sinkhorn``.
         outer_iterations: at most so many transport problems where there is a graph.
         outer_tolerance: they end when the plan's L1 change is at most this. Reading it waits for
@@ -79,9 +79,10 @@ def progressive_partial_transport(
             raise ValueError(f"{name} must be > 0 and finite, got {value}")
     if not isinstance(outer_iterations, int) or outer_iterations < 1:
         raise ValueError(f"outer_iterations must be an integer >= 1, got {outer_iterations!r}")
-    if not 0 <= graph_strength < math.inf or (graph is None) != (graph_strength == 0):
+    fits = graph_strength == 0 if graph is None else 0 < graph_strength < math.inf
+    if not fits:
         raise ValueError(
-            f"graph_strength must be >= 0, and > 0 with a graph only, got {graph_strength}"
+            f"graph_strength must be > 0 with a graph, 0 without one, got {graph_strength}"
         )
     wide, (n, K) = wide_dtype(logits), logits.shape
     pull = None if graph is None else both_ways(graph, logits)
