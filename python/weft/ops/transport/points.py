@@ -3,11 +3,16 @@ apart, keeps one.
 
 Every gradient is that of Q = Σ_ij e_ij ⟨L_i, R_j⟩ (``points_product_backward``), composed."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from weft import native
+from weft.dispatch import Implementation
 from weft.ops.registration import (
     Op,
+    cpu,
     reference,
     register_gradient,
     register_gradient_by_reference,
@@ -51,6 +56,12 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
 
 
+def composed(run: Callable) -> Implementation:
+    """What is made of the ops above, as the C++ implementation where those are."""
+    missing = lambda: native.missing.get("cpu")  # noqa: E731
+    return Implementation("cpu", run, frozenset({"cpu"}), DTYPES, missing)
+
+
 def _fake_softmin(*args):
     return args[0].new_empty(args[0].shape[:2])
 
@@ -64,7 +75,7 @@ softmin = Op(
     f"({SCHEMA}, Tensor g, Tensor weight) -> Tensor",
     family="transport",
     fake=_fake_softmin,
-    implementations=[reference(_reference_softmin)],
+    implementations=[cpu("points_softmin", dtypes=DTYPES), reference(_reference_softmin)],
 )
 
 
@@ -81,7 +92,7 @@ product = Op(
     f"({SCHEMA}, Tensor f, Tensor g, Tensor values) -> Tensor",
     family="transport",
     fake=_fake_product,
-    implementations=[reference(_reference_product)],
+    implementations=[cpu("points_product", dtypes=DTYPES), reference(_reference_product)],
 )
 
 
@@ -101,7 +112,10 @@ product_backward = Op(
     "Tensor grad_epsilon, Tensor grad_f, Tensor grad_g, Tensor grad_right, Tensor grad_left)",
     family="transport",
     fake=_fake_product_backward,
-    implementations=[reference(_formula_product_backward)],
+    implementations=[
+        cpu("points_product_backward", dtypes=DTYPES),
+        reference(_formula_product_backward),
+    ],
 )
 register_gradient_by_reference(
     product_backward, _formula_product_backward, arguments=[0, 1, 2, *range(COUNT, COUNT + 4)]
@@ -157,7 +171,7 @@ cost_matrix = Op(
     "(Tensor x, Tensor y, str cost) -> Tensor",
     family="transport",
     fake=_fake_cost,
-    implementations=[reference(_reference_cost)],
+    implementations=[cpu("points_cost", dtypes=DTYPES), reference(_reference_cost)],
 )
 
 

@@ -1,5 +1,7 @@
 """Sinkhorn's iteration between points, and the linear system of its implicit gradient."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from weft.ops.transport.points import (
     COUNT,
     SCHEMA,
     arguments_of,
+    composed,
     points_of,
     product,
     product_backward,
@@ -20,6 +23,8 @@ from weft.reference.transport import sinkhorn_points as formulas
 from weft.reference.transport.dense import marginal_ratio, penalty, weighted
 from weft.reference.transport.sinkhorn import Settings, damping, finite, solve
 from weft.reference.transport.sinkhorn_points import Points, damped, null_vectors
+
+MOST_STEPS = 1000  # of conjugate gradients
 
 
 def iterate(
@@ -73,7 +78,7 @@ forward = Op(
     "(Tensor value, Tensor f, Tensor g, Tensor error, Tensor iterations)",
     family="transport",
     fake=_fake,
-    implementations=[reference(_run)],
+    implementations=[composed(_run), reference(_run)],
 )
 
 
@@ -175,13 +180,79 @@ def _reference_system(*args):
     return tuple(t.contiguous() for t in formulas.solve_system(points_of(args), *args[COUNT:]))
 
 
+def _conjugate_gradients(*args):
+    """On the Schur complement of Y, made symmetric by q = √(b / diagonal): z with Y = q z.
+
+    (1 − q eᵀ (a / R) e q) z = (δ − b eᵀ (γ / R)) / √(b C),   X = (γ − a e Y) / R
+
+    where R and C are the diagonals. Columns without weight have Y = δ / C, for all others known."""
+    a, b, f, g, grad_f, grad_g, rho_a, rho_b = args[COUNT:]
+    args, swapped = args[:COUNT], arguments_of(points_of(args).transposed())
+    of_rows = lambda v: product(*args, f, g, v[..., None])[..., 0]  # noqa: E731
+    of_columns = lambda v: product(*swapped, g, f, v[..., None])[..., 0]  # noqa: E731
+    R, C = damped(of_rows(b), rho_a, args[2]), damped(of_columns(a), rho_b, args[2])
+    balanced, sizes = rho_a == rho_b == torch.inf, [a.shape[1], b.shape[1]]
+    if balanced:
+        null, ones = null_vectors(a, b)
+        both = torch.cat([grad_f, grad_g], 1)
+        apart = (ones * both).sum(1, keepdim=True)
+        grad_f, grad_g = (both - apart * null).split(sizes, 1)
+    some = b > 0
+    known = torch.where(some, 0, grad_g / C)
+    right = grad_g - b * of_columns((grad_f - a * of_rows(known)) / R)
+    root = (b * C).sqrt()
+    right = torch.where(some, right / torch.where(some, root, 1), 0)
+    q = (b / C).sqrt()
+    apply = lambda z: z - q * of_columns(a / R * of_rows(q * z))  # noqa: E731
+    z = solved_by_gradients(apply, right, root if balanced else None)
+    Y = known + q * z
+    X = (grad_f - a * of_rows(Y)) / R
+    if balanced:
+        both = torch.cat([X, Y], 1)
+        X, Y = (both + (apart - (ones * both).sum(1, keepdim=True)) * null).split(sizes, 1)
+    return X.contiguous(), Y.contiguous()
+
+
+def solved_by_gradients(
+    apply: Callable[[Tensor], Tensor], right: Tensor, null: Tensor | None
+) -> Tensor:
+    """z with ``apply(z)`` = right, by conjugate gradients, each problem until it is met; orthogonal
+    to ``null``."""
+
+    def dot(one: Tensor, two: Tensor) -> Tensor:
+        return (one.double() * two.double()).sum(1, keepdim=True)
+
+    def without_null(v: Tensor) -> Tensor:
+        if null is None:
+            return v
+        squares = dot(null, null)
+        return v - (dot(null, v) / torch.where(squares > 0, squares, 1)).to(v.dtype) * null
+
+    residual = without_null(right)
+    z, direction, size = torch.zeros_like(right), residual, dot(residual, residual)
+    enough = size * (8 * torch.finfo(right.dtype).eps) ** 2
+    for _ in range(MOST_STEPS):
+        active = size > enough
+        if not active.any():
+            break
+        moved = without_null(apply(direction))
+        curvature = dot(direction, moved)
+        active = active & (curvature > 0)
+        step = torch.where(active, size / torch.where(active, curvature, 1), 0).to(z.dtype)
+        z, residual = z + step * direction, residual - step * moved
+        after = dot(residual, residual)
+        grown = torch.where(active, after / torch.where(size > 0, size, 1), 0).to(z.dtype)
+        direction, size = residual + grown * direction, torch.where(active, after, 0)
+    return z
+
+
 system = Op(
     "points_system",
     f"({SCHEMA}, Tensor a, Tensor b, Tensor f, Tensor g, Tensor grad_f, Tensor grad_g, "
     "float rho_a, float rho_b) -> (Tensor X, Tensor Y)",
     family="transport",
     fake=_fake_system,
-    implementations=[reference(_reference_system)],
+    implementations=[composed(_conjugate_gradients), reference(_reference_system)],
 )
 
 

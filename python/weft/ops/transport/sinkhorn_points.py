@@ -19,7 +19,7 @@ from weft.ops.transport.settings import centered, check_settings, check_start, l
 from weft.reference.transport import sinkhorn_points as formulas
 from weft.reference.transport.dense import Problem, real_entries
 from weft.reference.transport.sinkhorn import Settings
-from weft.reference.transport.sinkhorn_points import FEW, Points
+from weft.reference.transport.sinkhorn_points import Points
 
 COSTS = ("sqeuclidean", "euclidean", "cosine", "dot")
 PRECISIONS = ("fp32", "tf32x3", "tf32")
@@ -212,7 +212,7 @@ def prepared(
     x: Tensor, y: Tensor, lengths: tuple[Tensor | None, Tensor | None], cost: str
 ) -> tuple[Tensor, Tensor]:
     """The points as the ops want them: in the dtype of sums, 0 beyond the lengths, unit vectors for
-    cosines, and moved to the origin for distances by products, which lose digits elsewhere."""
+    cosines, and for distances moved to the origin, as products lose digits elsewhere."""
     if cost not in COSTS:
         raise ValueError(f"cost must be one of {COSTS}, got {cost!r}")
     wide = wide_dtype(x)
@@ -222,7 +222,7 @@ def prepared(
     ]
     if cost == "cosine":
         points = [F.normalize(p, dim=-1) for p in points]
-    elif cost != "dot" and x.shape[2] > FEW:
+    elif cost != "dot":
         center = mean_of(points, lengths)
         points = [
             p - center if n is None else masked(p - center, n)
