@@ -21,7 +21,7 @@ from weft.ops.transport.points import (
 )
 from weft.reference.transport import sinkhorn_points as formulas
 from weft.reference.transport.dense import marginal_ratio, penalty, weighted
-from weft.reference.transport.sinkhorn import Settings, damping, finite, solve
+from weft.reference.transport.sinkhorn import Settings, damping, finite, solve, total
 from weft.reference.transport.sinkhorn_points import Points, damped, null_vectors
 
 MOST_STEPS = 1000  # of conjugate gradients
@@ -53,7 +53,7 @@ def dual_value(
     """The dual objective (dense.py), where g is the column update of f."""
     of_a, of_b = weighted(a, penalty(f, rho_a, False)), weighted(b, penalty(g, rho_b, False))
     mass = weighted(b, marginal_ratio(g, rho_b, False))
-    return of_a + of_b + epsilon * (a.sum(1) * b.sum(1) - mass)
+    return of_a + of_b + epsilon * (total(a) * total(b) - mass)
 
 
 def _run(*args):
@@ -129,10 +129,10 @@ def of_value(
     eps, left, right = epsilon[:, None], (wide * a)[..., None], b[..., None]
     of = product_backward(*args, f, g, right, left)
     of_columns, of_rows = of[5][..., 0], of[6][..., 0]
-    mass_a, mass_b = a.sum(1), b.sum(1)
+    mass_a, mass_b = total(a), total(b)
     grad_a = wide * (finite(penalty(f, rho_a, False)) + eps * (mass_b[:, None] - of_rows))
     grad_b = wide * (finite(penalty(g, rho_b, False)) + eps * mass_a[:, None]) - eps * of_columns
-    moved = (a * of_rows).sum(1)
+    moved = total(a * of_rows)
     return (
         -eps[..., None] * of[0],
         -eps[..., None] * of[1],
@@ -155,6 +155,8 @@ def of_potentials(
 ) -> tuple[Tensor, ...]:
     """The implicit gradient (gradients.sinkhorn_backward) of x, y, ε, a and b: −ε times that of Q
     with L_i = (X_i, a_i) and R_j = (b_j, Y_j)."""
+    # A potential of −∞ stays there.
+    grad_f, grad_g = torch.where(f.isinf(), 0, grad_f), torch.where(g.isinf(), 0, grad_g)
     X, Y = system(*args, a, b, f, g, grad_f, grad_g, rho_a, rho_b)
     of = product_backward(*args, f, g, torch.stack([b, Y], 2), torch.stack([X, a], 2))
     epsilon = args[2]

@@ -251,7 +251,7 @@ def materialises(p: Points, memory_budget: int | None) -> bool:
         raise ValueError(f"memory_budget must be an integer ≥ 0 or None, got {memory_budget!r}")
     (B, N, D), M = p.x.shape, p.y.shape[1]
     copies = 2 if torch.is_grad_enabled() and (p.x.requires_grad or p.y.requires_grad) else 1
-    fits = copies * B * N * M * p.x.element_size() <= memory_budget
+    fits = memory_budget > 0 and copies * B * N * M * p.x.element_size() <= memory_budget
     return bool(fits and (D > MANY or N * M <= SMALL))
 
 

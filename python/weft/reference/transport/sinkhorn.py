@@ -83,7 +83,7 @@ def solve(
             if count % CHECK == CHECK // 2:
                 halfway = error
             if count % CHECK == 0:
-                floor = torch.finfo(a.dtype).eps * (16 + 2 * finite(g).abs().amax(-1) / epsilon)
+                floor = torch.finfo(a.dtype).eps * (16 + 2 * largest(g) / epsilon)
                 active = active & ~((error > STALLED * checked) & (error <= floor))
                 if s.relax:
                     rate = (error / halfway) ** (2 / CHECK)
@@ -155,6 +155,11 @@ def repeated(x: Tensor, count: int) -> Tensor:
 def finite(x: Tensor) -> Tensor:
     """0 in place of infinities: where a potential is −∞ there is nothing to count."""
     return torch.where(x.isinf(), 0, x)
+
+
+def largest(x: Tensor) -> Tensor:
+    """max |x|, (B,); 0 of nothing."""
+    return finite(x).abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[0])
 
 
 def log_weight(weight: Tensor) -> Tensor:

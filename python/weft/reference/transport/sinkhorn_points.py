@@ -15,7 +15,15 @@ from torch import Tensor
 
 from weft.reference.transport import dense
 from weft.reference.transport.dense import real_entries
-from weft.reference.transport.sinkhorn import CHECK, STALLED, Settings, change, finite, potential
+from weft.reference.transport.sinkhorn import (
+    CHECK,
+    STALLED,
+    Settings,
+    change,
+    finite,
+    largest,
+    potential,
+)
 
 FEW = 8  # coordinates: so many are compared by their differences
 LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
@@ -195,7 +203,7 @@ def solve_symmetric(
         if s.tolerance >= 0:
             active = active & (error > s.tolerance)
             if count % CHECK == 0:
-                floor = torch.finfo(a.dtype).eps * (16 + 2 * finite(f).abs().amax(-1) / epsilon)
+                floor = torch.finfo(a.dtype).eps * (16 + 2 * largest(f) / epsilon)
                 active = active & ~((error > STALLED * checked) & (error <= floor))
                 checked = error
             if stops and not active.any():
