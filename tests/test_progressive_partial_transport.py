@@ -102,3 +102,8 @@ def test_outer_steps_end():
     torch.testing.assert_close(ended, many, rtol=1e-3, atol=1e-5)
     assert (ended - alone).abs().max() > 1e-4
     assert (ended[0] * ended[1]).sum() > (alone[0] * alone[1]).sum()
+
+
+def test_what_has_not_converged_warns():
+    with pytest.warns(weft.NotConverged, match="after 2 iterations"):
+        weft.progressive_partial_transport(data(), MASS, max_iterations=2)

@@ -1,12 +1,14 @@
 """Pseudo-labels for imbalanced clusters: part of the mass is labelled, cluster sizes are free."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
-from weft.ops.checks import check_float
+from weft.ops.checks import check_float, values_are_checked
 from weft.ops.transport.problem import wide_dtype
+from weft.ops.transport.result import NotConverged
 from weft.ops.transport.settings import check_settings
 from weft.ops.transport.sinkhorn import plan_of, solved
 from weft.reference.transport.dense import Problem
@@ -58,7 +60,8 @@ def progressive_partial_transport(
 
     Returns:
         Q, ``(n, K)`` in the dtype of the logits; n Q are soft labels whose rows sum to at most 1.
-        Labels are targets: there is no gradient.
+        Labels are targets: there is no gradient. On a CPU a problem that misses its tolerance gives
+        a ``NotConverged`` warning.
 
     Raises:
         ValueError: shapes, numbers out of range, a graph without a strength or the reverse.
@@ -108,7 +111,15 @@ def progressive_partial_transport(
 
     def solve(scores: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         p = Problem(scores[None], a, b, eps, None, None, None, border, True)
-        f, g, *_ = solved(p, start, settings, False)
+        f, g, error, _ = solved(p, start, settings, False)
+        missed = 0 <= settings.tolerance and values_are_checked(error)
+        if missed and bool((error > settings.tolerance).any()):
+            warnings.warn(
+                f"progressive_partial_transport: marginal error {float(error):.3g} after "
+                f"{max_iterations} iterations, tolerance {settings.tolerance:g}",
+                NotConverged,
+                stacklevel=4,
+            )
         return plan_of(p, f, g)[0, :, :K], g
 
     if pull is None:
