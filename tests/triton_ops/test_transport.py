@@ -15,6 +15,7 @@ common = pytest.importorskip("weft.triton_kernels.common")
 plan = pytest.importorskip("weft.triton_kernels.transport.plan")
 blocks = pytest.importorskip("weft.triton_kernels.transport.blocks")
 implicit = pytest.importorskip("weft.triton_kernels.transport.implicit")
+unrolled = pytest.importorskip("weft.triton_kernels.transport.unrolled")
 kernels = pytest.importorskip("weft.triton_kernels.transport.sinkhorn")
 
 ON_GPU = not INTERPRETED and torch.cuda.is_available()
@@ -169,3 +170,17 @@ def test_implicit_gradient(kind, rho, small, monkeypatch):
     rest[3][:, 0] += rest[2].sum(1) - rest[3].sum(1)
     found = implicit.sinkhorn_backward(*args, *rest, *rho)
     close(found, sinkhorn_ops._formula_backward(*wide(args), *wide(rest), *rho), 1e-4)
+
+
+@pytest.mark.parametrize("kind, rho", [(k, FREE) for k in KINDS] + [("dustbin", (0.9, 2.0))])
+def test_unrolled_gradient(kind, rho):
+    args = problem(kind, N=17, M=9)
+    start = 0.1 * randn(*args[2].shape, device=DEVICE, seed=9) if kind == "plain" else None
+    grads = [randn(*t.shape, device=DEVICE, seed=8) for t in args[1:3]]
+    settings = Settings(*rho, 3, -1.0, False, args[7] is not None)
+    potentials = dense.sinkhorn(Problem(*args), start, settings)
+    for t, grad in zip(potentials[:2], grads, strict=True):
+        grad[t.isinf()] = 0
+    found = unrolled.sinkhorn_unrolled_backward(*args, start, *grads, *rho, 3)
+    exact = wide((start, *grads))
+    close(found, sinkhorn_ops._formula_unrolled_backward(*wide(args), *exact, *rho, 3), 1e-4)

@@ -246,13 +246,14 @@ def merge_kernel(
 
 @triton.jit
 def dual_part(potentials, weights, z, n, N, more, rho, BLOCK: tl.constexpr):
-    """(Σ w, Σ w φ(p), Σ w φ'(p)) of one side, nothing from what has no weight or no potential."""
-    mass = tl.zeros((BLOCK,), tl.float32)
+    """(Σ w, Σ w φ(p), Σ w φ'(p)) of one side, nothing from what has no weight or no potential; in
+    float64, as the value is a small difference of these."""
+    mass = tl.zeros((BLOCK,), tl.float64)
     soft, slope = mass, mass
     for start in range(0, n + more, BLOCK):
         k = start + tl.arange(0, BLOCK).to(tl.int64)
-        w = entries(weights, z, k, n, N, more, 0.0)
-        x = entries(potentials, z, k, n, N, more, 0.0)
+        w = entries(weights, z, k, n, N, more, 0.0).to(tl.float64)
+        x = entries(potentials, z, k, n, N, more, 0.0).to(tl.float64)
         exact = is_constraint(rho) | ((k == n) & (k < n + more))
         some = (w != 0) & (tl.abs(x) != INFINITY)
         mass += w
@@ -267,7 +268,8 @@ def value_kernel(out, p, f, g, rho_a, rho_b, BLOCK: tl.constexpr):
     n, m = sizes_of(p, z)
     mass_a, of_a, _ = dual_part(f, p.a, z, n, p.N, p.has_row, rho_a, BLOCK)
     mass_b, of_b, moved = dual_part(g, p.b, z, m, p.M, p.has_column, rho_b, BLOCK)
-    tl.store(out + z, of_a + of_b + tl.load(p.epsilon + z) * (mass_a * mass_b - moved))
+    value = of_a + of_b + tl.load(p.epsilon + z) * (mass_a * mass_b - moved)
+    tl.store(out + z, value.to(tl.float32))
 
 
 def transport_plan(*args) -> Tensor:

@@ -114,6 +114,16 @@ def ratio(x, a, b):
 
 
 @triton.jit
+def inverse_of(eps):
+    """1/ε as a sum of two numbers, to multiply by: one alone is a rounding off, for all entries the
+    same way. Both are > 0, so that −∞ times them is −∞."""
+    exact = 1.0 / eps.to(tl.float64)
+    near = exact.to(tl.float32)
+    near = tl.where(near.to(tl.float64) < exact, near, near * (1.0 - 2.0**-23))
+    return near, (exact - near.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def finite(x):
     """0 in place of infinities."""
     return tl.where(tl.abs(x) == INFINITY, 0.0, x)

@@ -17,6 +17,7 @@ from weft.triton_kernels.transport.problem import (
     entries,
     expm1,
     finite,
+    inverse_of,
     log_weight,
     places,
 )
@@ -85,7 +86,7 @@ def sweep(
 ):
     """Updates f of rows [first, last) from g of all columns j. Returns what they give to c, how
     many of them have mass, by how much they are off, and the sum (top, total) of `log_mass`."""
-    inverse = 1.0 / eps
+    inverse, rest = inverse_of(eps)
     log_b = log_weight(b)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     alive = tl.zeros((BLOCK_N,), tl.float32)
@@ -93,7 +94,8 @@ def sweep(
     for start in range(first, last, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N).to(tl.int64)
         a = tl.where(i < last, entries(p.a, z, i, n, p.N, p.has_row, 0.0), 0.0)
-        x = (g[None, :] - costs(p, z, i, j, n, m)) * inverse + log_b[None, :]
+        gap = g[None, :] - costs(p, z, i, j, n, m)
+        x = gap * inverse + (gap * rest + log_b[None, :])
         most = tl.max(x, 1)
         most = tl.where(most == -INFINITY, 0.0, most)
         q = tl.exp(x - most[:, None])
@@ -123,14 +125,15 @@ def sweep(
 @triton.jit
 def column_minima(p, z, j, f, eps, n, m, BLOCK_N: tl.constexpr):
     """−ε log Σ_i a_i e^((f_i − C_ij) / ε) of columns j, +∞ where nothing is summed."""
-    inverse = 1.0 / eps
+    inverse, rest = inverse_of(eps)
     top = tl.full(j.shape, -INFINITY, tl.float32)
     total = tl.zeros(j.shape, tl.float32)
     for start in range(0, n + p.has_row, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N).to(tl.int64)
         log_a = log_weight(entries(p.a, z, i, n, p.N, p.has_row, 0.0))
         f_i = entries(f, z, i, n, p.N, p.has_row, 0.0)
-        x = (f_i[:, None] - costs(p, z, i, j, n, m)) * inverse + log_a[:, None]
+        gap = f_i[:, None] - costs(p, z, i, j, n, m)
+        x = gap * inverse + (gap * rest + log_a[:, None])
         most = tl.max(x, 0)
         safe = tl.where(most == -INFINITY, 0.0, most)
         top, total = joined(top, total, most, tl.sum(tl.exp(x - safe[None, :]), 0))

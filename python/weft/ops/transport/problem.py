@@ -32,7 +32,7 @@ def arguments_of(p: Problem) -> tuple:
 
 
 def refuses_translation(*args) -> str | None:
-    """Of the C++ kernel of the unrolled gradient, whose arguments these are."""
+    """Of the kernels of the unrolled gradient, whose arguments these are."""
     p, (rho_a, rho_b) = problem_of(args), args[COUNT + 3 : COUNT + 5]
     if rho_a < torch.inf and rho_b < torch.inf and not (p.has_row or p.has_column):
         return "two penalties without a dustbin are translated, which has no kernel"

@@ -342,6 +342,7 @@ unrolled_backward = Op(
     fake=_fake_unrolled_backward,
     implementations=[
         cpu("sinkhorn_unrolled_backward", refuses_translation),
+        triton("transport.unrolled", "sinkhorn_unrolled_backward", refuses_translation),
         reference(_formula_unrolled_backward),
     ],
 )
