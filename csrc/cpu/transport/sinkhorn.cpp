@@ -82,13 +82,20 @@ class Solver {
     return std::max(columns.run(all.alive), all.error);
   }
 
-  // The error that rounding leaves.
+  // The error that rounding leaves: what is rounded is as large as k (f_i + g_j) where mass is.
   double rounding_floor() const {
-    double largest = 0;
-    for (int64_t j = 0; j < s_.columns; ++j)
-      if (s_.H[j] != -kInfinity)
-        largest = std::max(largest, std::abs(double(s_.column_potential(j))));
-    return std::numeric_limits<A>::epsilon() * (16 + 2 * largest / double(s_.cost.epsilon));
+    const auto mean = [](int64_t count, const A* weight, auto potential) {
+      double sum = 0, mass = 0;
+      for (int64_t i = 0; i < count; ++i)
+        if (const double p = double(potential(i)); weight[i] > 0 && std::isfinite(p))
+          sum += double(weight[i]) * p, mass += double(weight[i]);
+      return mass > 0 ? sum / mass : 0;
+    };
+    const double of_mass =
+        mean(s_.rows, s_.a, [&](int64_t i) { return s_.row_potential(i); }) +
+        mean(s_.columns, s_.b, [&](int64_t j) { return s_.column_potential(j); });
+    return std::numeric_limits<A>::epsilon() *
+           (4 + std::abs(of_mass) / (4 * double(s_.cost.epsilon)));
   }
 
   // The potentials of columns that the iterations skip; `before`: the translation before the last.
