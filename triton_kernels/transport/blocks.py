@@ -41,21 +41,20 @@ from weft.triton_kernels.transport.updates import (
 # By the power of two that a row is padded to.
 ROWS = {
     (80, 64): Config({"BLOCK_N": 64}, num_warps=4),
-    (80, 128): Config({"BLOCK_N": 32}, num_warps=4),
+    (80, 128): Config({"BLOCK_N": 16}, num_warps=4),
     (80, 256): Config({"BLOCK_N": 32}, num_warps=8),
-    (80, 512): Config({"BLOCK_N": 16}, num_warps=8),
+    (80, 512): Config({"BLOCK_N": 4}, num_warps=8),
     (80, 1024): Config({"BLOCK_N": 8}, num_warps=8),
     (80, 2048): Config({"BLOCK_N": 4}, num_warps=8),
     (80, 4096): Config({"BLOCK_N": 2}, num_warps=8),
-    (80, 8192): Config({"BLOCK_N": 2}, num_warps=16),
-    (80, 16384): Config({"BLOCK_N": 1}, num_warps=16),
+    (80, 8192): Config({"BLOCK_N": 1}, num_warps=16),
 }
 TABLE = {
     (80, "long"): Config({"BLOCK_N": 16, "BLOCK_M": 128}, num_warps=4),
     (80, "columns"): Config({"BLOCK_N": 32, "BLOCK_M": 64}, num_warps=4),
     (80, "settle"): Config({"BLOCK_M": 1024}, num_warps=4),
 }
-LONGEST = 16384  # row of which registers hold one
+LONGEST = 8192  # row of which registers hold one
 BLOCKS = 256  # of rows, in a problem
 # State of a problem between launches.
 GOING, OMEGA, CAP, HALFWAY, CHECKED, ALIVE, SHIFT, SIZE = map(tl.constexpr, range(8))
