@@ -140,10 +140,11 @@ def test_penalties(rho, route):
 
 
 def test_relaxation_and_stops(route):
-    """One problem stops before the other; the factor is chosen twice."""
+    """One problem stops before the other; the factor is chosen once. No error of these iterations
+    is within a tenth of the tolerance, so rounding does not decide where they stop."""
     cost, *others = problem("plain", N=7, M=12)
     others[2] = torch.tensor([0.15, 2.0], device=DEVICE)
-    check_solution((cost, *others), None, FREE, 45, 1e-4, True, 2e-4)
+    check_solution((cost, *others), None, FREE, 45, 3.4e-4, True, 2e-4)
 
 
 def test_columns_that_underflow(route):

@@ -40,7 +40,7 @@ from weft.triton_kernels.transport.updates import (
 
 # By the power of two that a row is padded to.
 ROWS = {
-    (80, 64): Config({"BLOCK_N": 64}, num_warps=4),
+    (80, 64): Config({"BLOCK_N": 32}, num_warps=4),
     (80, 128): Config({"BLOCK_N": 16}, num_warps=4),
     (80, 256): Config({"BLOCK_N": 32}, num_warps=8),
     (80, 512): Config({"BLOCK_N": 4}, num_warps=8),

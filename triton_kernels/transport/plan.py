@@ -33,7 +33,8 @@ from weft.triton_kernels.transport.problem import (
 
 TABLE = {
     (80, "plan"): Config({"BLOCK_N": 16, "BLOCK_M": 128}, num_warps=4),
-    (80, "pass"): Config({"BLOCK_N": 16, "BLOCK_M": 128}, num_warps=4),
+    (80, "pass"): Config({"BLOCK_N": 8, "BLOCK_M": 64}, num_warps=4),
+    (80, "implicit"): Config({"BLOCK_N": 16, "BLOCK_M": 64}, num_warps=4),
     (80, "merge"): Config({"BLOCK_M": 128}, num_warps=4),
     (80, "value"): Config({"BLOCK": 1024}, num_warps=4),
 }
@@ -305,7 +306,7 @@ def gradients(args: tuple, f: Tensor, g: Tensor, up: Upstream, kind: str) -> tup
     results = (grad_cost, grad_a, grad_b, grad_epsilon, grad_border)
     if full:
         p, f, g = arguments_of(*args), f.contiguous(), g.contiguous()
-        config = configure(TABLE, f.device, "pass")
+        config = configure(TABLE, f.device, "implicit" if kind == "implicit" else "pass")
         blocks = triton.cdiv(f.shape[1], config.tiles["BLOCK_N"])
         sums = f.new_empty(B, blocks, g.shape[1])
         scalars = f.new_empty(B, blocks, SCALARS.value)

@@ -32,7 +32,7 @@ from weft.triton_kernels.transport.updates import damping
 
 TABLE = {
     (80, "rows"): Config({"BLOCK_N": 16, "BLOCK_M": 64}, num_warps=4),
-    (80, "costs"): Config({"BLOCK_N": 8, "BLOCK_M": 64}, num_warps=4),
+    (80, "costs"): Config({"BLOCK_N": 8, "BLOCK_M": 32}, num_warps=4),
 }
 
 
