@@ -179,7 +179,13 @@ def _fake_system(*args):
 
 
 def _reference_system(*args):
-    return tuple(t.contiguous() for t in formulas.solve_system(points_of(args), *args[COUNT:]))
+    return apart_in_memory(*formulas.solve_system(points_of(args), *args[COUNT:]))
+
+
+def apart_in_memory(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies, as both may be parts of one tensor."""
+    row_major = torch.contiguous_format
+    return X.clone(memory_format=row_major), Y.clone(memory_format=row_major)
 
 
 def _conjugate_gradients(*args):
@@ -212,7 +218,7 @@ def _conjugate_gradients(*args):
     if balanced:
         both = torch.cat([X, Y], 1)
         X, Y = (both + (apart - (ones * both).sum(1, keepdim=True)) * null).split(sizes, 1)
-    return X.contiguous(), Y.contiguous()
+    return apart_in_memory(X, Y)
 
 
 def solved_by_gradients(
