@@ -114,8 +114,9 @@ def problems(*shape, weights=False, last=None, view=lambda C: C):
     return make
 
 
-LOOP = {"max_iterations": 50, "tolerance": -1.0}
-EXACT = {"epsilon": 1.0, **LOOP}
+LOOP = {"max_iterations": 14, "tolerance": -1.0}
+EXACT = {"epsilon": 3.0, **LOOP}
+LONGER = {"max_iterations": 40}
 RAGGED = {"lengths": (torch.tensor([4, 6, 1]), torch.tensor([7, 3, 5]))}
 HOLES = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) < 0.8
 HOLES[:, 0] = HOLES[0] = True
@@ -126,12 +127,12 @@ SAMPLES = [
     Sample("one", problems(3, 1, 1), EXACT),
     Sample("strided", problems(2, 9, 8, view=lambda C: C[:, ::2].mT), EXACT),
     Sample("no_rows", problems(2, 0, 3), EXACT),
-    Sample("weights", problems(2, 4, 6, weights=True, last=1.2), LOOP, keywords=("epsilon",)),
+    Sample("weights", problems(2, 4, 6, weights=True, last=3.2), LOOP, keywords=("epsilon",)),
     Sample("single", problems(5, 4, weights=True), EXACT | {"rho": (1.0, 0.5)}),
     Sample("semi_relaxed", problems(2, 4, 5, weights=True), EXACT | {"rho": (None, 0.7)}),
-    Sample("ragged", problems(3, 6, 7), EXACT | RAGGED | {"mask": HOLES}),
+    Sample("ragged", problems(3, 6, 7), EXACT | LONGER | RAGGED | {"mask": HOLES}),
     Sample("dustbin", problems(2, 4, 6, last=0.3), EXACT, keywords=("dustbin",)),
-    Sample("partial", problems(2, 5, 4, weights=True), EXACT | {"mass": 0.4}),
+    Sample("partial", problems(2, 5, 4, weights=True), EXACT | LONGER | {"mass": 0.4}),
     Sample("unrolled", problems(2, 5, 6, weights=True), EXACT | {"gradient": "unrolled"}),
 ]
 
