@@ -137,7 +137,10 @@ def test_compile_with_dynamic_shapes(cases):
     torch._dynamo.reset()
     plain_samples = [s for s in cases.samples if s.options == cases.samples[0].options]
     compiled = torch.compile(
-        lambda *a, **o: cases.function(*a, **o), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda *a, **o: cases.result(cases.function(*a, **o)),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for sample in plain_samples:
         call = Call(cases, sample, torch.float32)

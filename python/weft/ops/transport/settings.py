@@ -75,4 +75,5 @@ def centered(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor
     mass = total(a) + total(b)
     difference = total(b * finite(g)) - total(a * finite(f))
     shift = difference / torch.where(mass > 0, mass, 1)
-    return f + repeated(shift, f.shape[1]), g - repeated(shift, g.shape[1])
+    moved_f, moved_g = f + repeated(shift, f.shape[1]), g - repeated(shift, g.shape[1])
+    return torch.where(f.isinf(), f, moved_f), torch.where(g.isinf(), g, moved_g)

@@ -1,7 +1,6 @@
 """Entropic transport with a matrix of costs."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -49,7 +48,7 @@ from weft.reference.transport.unrolled import sinkhorn_unrolled_backward
 @register_result
 @dataclass(frozen=True)
 class DenseTransport(Transport):
-    """The result of :func:`weft.sinkhorn`; ``plan`` is computed when it is asked for."""
+    """The result of :func:`weft.sinkhorn`; ``plan`` is computed each time it is read."""
 
     constants: ClassVar = ("tolerance", "similarity", "single", "partial")
     cost: Tensor
@@ -72,7 +71,7 @@ class DenseTransport(Transport):
             P = P[:, : self.cost.shape[1], : self.cost.shape[2]]
         return P[0] if self.single else P
 
-    @cached_property
+    @property
     def plan(self) -> Tensor:
         """P ``(B, N, M)`` in the dtype of the costs; with ``dustbin`` its last row and column are
         the dustbin's. Differentiable in all that the problem is made of, through the potentials."""
