@@ -106,16 +106,16 @@ class ColumnUpdate {
       const auto lost = lost_columns(j), dead = V::load(s_.H + j) == none;
       any_lost = any_lost || any(lost);
       logarithm(V::load(s_.v + j)).store(s_.L + j);
-      const V ratio = logarithm(V::load(s_.b + j) / V::load(s_.c + j));
+      const V ratio =
+          s_.damps_b ? damped_ratios(j) : logarithm(V::load(s_.b + j) / V::load(s_.c + j));
       select(lost, infinity, select(dead, zero, ratio)).store(s_.c + j);
     }
     if (any_lost) find_lost(rows);
-    const V omega(omega_), translation(A(s_.translation));
+    const V omega(omega_);
     bool near = !any_lost;
     for (int64_t j = 0; j < s_.ld; j += W) {
-      const V old = V::load(s_.L + j), H = V::load(s_.H + j), damp = V::load(s_.damp_b + j);
-      V best = V::load(s_.c + j);
-      if (s_.damps_b) best = damp * best + (damp - one) * (H - V::load(s_.log_b + j) - translation);
+      const V old = V::load(s_.L + j), H = V::load(s_.H + j);
+      const V best = V::load(s_.c + j);
       V next = best;
       if (omega_ != 1) next = select(old == infinity, best, old + omega * (best - old));
       next = select(H == none, zero, next);
@@ -138,6 +138,21 @@ class ColumnUpdate {
     return double(reduce_sum(missed));
   }
 
+  // λ log_ratio + (λ − 1)(H_j − log b_j − T): in double, as these large numbers leave a small one.
+  A damped(int64_t j, double log_ratio) const {
+    const double damp = double(s_.damp_b[j]);
+    const double potential = double(s_.H[j]) - s_.log_weight(s_.b[j]) - s_.translation;
+    return A(damp * log_ratio + (damp - 1) * potential);
+  }
+  V damped_ratios(int64_t j) const {
+    alignas(64) A best[W];
+    for (int64_t n = 0; n < W; ++n) {
+      const double ratio = s_.log_weight(s_.b[j + n]) - s_.log_weight(s_.c[j + n]);
+      best[n] = s_.H[j + n] == -kInfinity ? A(0) : damped(j + n, ratio);
+    }
+    return V::load(best);
+  }
+
   // Lost columns, those with c = ∞, get a new shift, from which c and L are measured.
   void find_lost(int64_t rows) {
     const auto chunk = [&](int64_t number) {
@@ -150,7 +165,7 @@ class ColumnUpdate {
         const A before = s_.H[j], now = found[j - first];
         s_.H[j] = now == kInfinity ? -kInfinity : now + s_.log_b[j];
         s_.L[j] = before == -kInfinity ? kInfinity : s_.L[j] + (before - s_.H[j]);
-        s_.c[j] = A(0);
+        s_.c[j] = s_.damps_b ? damped(j, 0) : A(0);
       }
     };
     const int64_t chunks = ceil_div(s_.columns, kChunk);

@@ -97,17 +97,27 @@ class RowUpdate {
     }
   }
 
+  // −λ log s + (λ − 1)(F + T): in double, as these large numbers leave a small one.
+  V damped(int64_t i, const A* sum, int64_t count) const {
+    alignas(64) A next[W] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      if (sum[r] == 0) continue;
+      const double damp = double(s_.damp_a[i + r]);
+      const double potential = double(s_.F[i + r]) + s_.translation;
+      next[r] = A((damp - 1) * potential - damp * s_.log_weight(sum[r]));
+    }
+    return V::load(next);
+  }
+
   // Damped, or over-relaxed from where a row was: log u + before.
   [[gnu::noinline]] void move(int64_t i, int64_t count, const A* sum, const A* before, A* weight,
                               RowsResult& result) const {
-    const V none(-kInfinity), zero(A(0)), one(A(1)), omega(omega_), translation(A(s_.translation));
+    const V none(-kInfinity), zero(A(0)), one(A(1)), omega(omega_);
     for (int64_t r = 0; r < count; r += W) {
       const int64_t n = std::min(W, count - r);
       const V s = load_first<A>(sum + r, n), F = load_first<A>(s_.F + i + r, n);
-      const V damp = load_first<A>(s_.damp_a + i + r, n);
       const auto empty = s == zero;
-      V next = -damp * logarithm(s);
-      if (s_.damps_a) next += (damp - one) * (F + translation);
+      V next = s_.damps_a ? damped(i + r, sum + r, n) : -logarithm(s);
       if (omega_ != 1) {
         const V old =
             logarithm(load_first<A>(s_.u + i + r, n)) + (load_first<A>(before + r, n) - F);
