@@ -136,7 +136,7 @@ SAMPLES = [
     Sample("no_rows", problems(2, 0, 3), EXACT),
     Sample("weights", problems(4, 9, 12, weights=True, last=EPSILONS), LOOP, keywords=("epsilon",)),
     Sample("single", problems(5, 4, weights=True), EXACT),
-    Sample("unbalanced", problems(3, 17, 23, weights=True, view=dear), SHARP | {"rho": (1.0, 0.5)}),
+    Sample("unbalanced", problems(3, 17, 23, weights=True, view=dear), SHARP | {"rho": (1.5, 1.0)}),
     Sample("semi_relaxed", problems(2, 4, 5, weights=True), SHARP | {"rho": (None, 0.7)}),
     Sample("ragged", problems(3, 6, 7), SHARP | RAGGED | {"mask": HOLES}),
     Sample("dustbin", problems(6, 4, 6, last=DUSTBINS), EXACT, keywords=("dustbin",)),
