@@ -7,6 +7,8 @@ import sys
 
 # PyTorch refuses cuBLAS in its deterministic mode, which tests use to poison memory, without this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Test processes share the cores: a thread that waits for others of its own must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
