@@ -69,7 +69,7 @@ LOG_OPTIMAL_TRANSPORT = OpCases(
     samples=[
         Sample("plain", _scores(3, 9, 11), {"iterations": 4}),
         Sample("one_entry", _scores(1, 1, 1), {"iterations": 4}),
-        Sample("a_bin_each", _scores(2, 17, 9, scale=4.0, shared=False), {"iterations": 11}),
+        Sample("a_bin_each", _scores(2, 17, 9, shared=False), {"iterations": 11}),
         Sample(
             "ragged",
             _scores(3, 9, 8),
