@@ -232,15 +232,14 @@ def prepared(
 
 
 def mean_of(points: list[Tensor], lengths: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """(B, 1, D): the mean of all points, constant, with so few bits that it does not depend on the
-    order in which it was summed, and so not on padding."""
+    """(B, 1, D): the mean of all points, constant: summed in float64 and rounded to float32, so
+    that the order of the sum, and so padding, does not show."""
     total, count = 0, 0
     for p, n in zip(points, lengths, strict=True):
         total = total + p.detach().double().sum(1, keepdim=True)
         count = count + (p.shape[1] if n is None else n[:, None, None])
     count = count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
-    mantissa, exponent = torch.frexp(total / count)
-    return torch.ldexp((mantissa * 2**16).round() / 2**16, exponent).to(points[0].dtype)
+    return (total / count).to(torch.float32).to(points[0].dtype)
 
 
 def materialises(p: Points, memory_budget: int | None) -> bool:

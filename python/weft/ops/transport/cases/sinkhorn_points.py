@@ -146,7 +146,7 @@ LENGTHS = (torch.tensor([3, 5]), torch.tensor([7, 4]))
 SAMPLES = [
     sample("plain", 2, 17, 21, 3, ("epsilon",)),
     sample("products", 1, 5, 18, 9, epsilon=2.0, acceleration="none"),
-    sample("cosine", 2, 9, 13, 5, cost="cosine", rho=1.0),
+    sample("cosine", 2, 17, 21, 5, cost="cosine", rho=1.0),
     sample("dot", None, 31, 23, 4, cost="dot", rho=(None, 0.5)),
     sample("euclidean", 2, 5, 7, 9, ("epsilon",), view=padded, cost="euclidean", lengths=LENGTHS),
     sample("matrix", 2, 13, 21, 3, memory_budget=1 << 20),
