@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import weft
-from weft.nn.graph_matching import edge_agreement, neighbor_graph
+from weft.nn.graph_matching import adjacency, edge_agreement
 from weft.ops.registration import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="whole solutions are not for an interpreter")
@@ -35,7 +35,7 @@ def test_small_epsilon_finds_the_best_permutation():
     loss = weft.nn.EntropicGraphMatchingLoss(2, epsilon=0.02, steps=5)
     found = loss.matching(x, y).argmax(1)
     x, y = (torch.nn.functional.normalize(t, dim=1) for t in (x, y))
-    graphs = neighbor_graph(x, 2), neighbor_graph(y, 2)
+    graphs = adjacency(x, 2), adjacency(y, 2)
 
     def objective(permutation):
         P = torch.eye(5, dtype=torch.float64)[list(permutation)]
@@ -60,5 +60,5 @@ def test_bad_input():
     loss = weft.nn.EntropicGraphMatchingLoss(3)
     with pytest.raises(ValueError, match="x and y must be"):
         loss(torch.ones(4, 3), torch.ones(5, 3))
-    with pytest.raises(ValueError, match="k must be"):
+    with pytest.raises(ValueError, match="more than k"):
         loss(torch.rand(3, 2), torch.rand(3, 2))

@@ -4,18 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.ops.pairwise.nearest import nearest
+from weft.nn.progressive_pseudo_labels import neighbor_graph
 from weft.ops.transport.sinkhorn import sinkhorn
 
 
-def neighbor_graph(x: Tensor, k: int) -> Tensor:
-    """``(N, N)`` 0/1: the k nearest other rows of each row by cosine, in either direction."""
-    N = len(x)
-    if not 0 < k < N:
-        raise ValueError(f"k must be in [1, {N - 1}], got {k}")
-    others = ~torch.eye(N, dtype=torch.bool, device=x.device)
-    found = nearest(x.detach(), x.detach(), k=k, metric="cosine", mask=others).indices
-    graph = x.new_zeros(N, N).scatter_(1, found, 1.0)
+def adjacency(x: Tensor, k: int) -> Tensor:
+    """``(N, N)`` 0/1, symmetric: whether one is among the k nearest of the other."""
+    graph = (neighbor_graph(x, k).to_dense() > 0).to(x.dtype)
     return torch.maximum(graph, graph.mT)
 
 
@@ -56,7 +51,7 @@ class EntropicGraphMatchingLoss(nn.Module):
     through the costs, the earlier plans being constants.
 
     Args:
-        k: neighbours of a node in its graph.
+        k: neighbours of a node in its graph, by cosine where positive; edges go both ways.
         edge_weight: λ ≥ 0, over the number of edges of a node.
         epsilon: of the transport, in units of a cosine.
         steps: linearisations, at least 1.
@@ -85,8 +80,10 @@ class EntropicGraphMatchingLoss(nn.Module):
             raise ValueError(
                 f"x and y must be (N, D) each, got {tuple(x.shape)} and {tuple(y.shape)}"
             )
+        if len(x) <= self.k:
+            raise ValueError(f"x must have more than k = {self.k} rows, got {len(x)}")
         x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-        graphs = neighbor_graph(x, self.k), neighbor_graph(y, self.k)
+        graphs = adjacency(x, self.k), adjacency(y, self.k)
         nodes, N = x @ y.mT, len(x)
         plan = nodes.new_full((N, N), 1 / N**2)
         for _ in range(self.steps):

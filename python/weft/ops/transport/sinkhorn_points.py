@@ -1,7 +1,6 @@
 """Entropic transport between two clouds of points, without their matrix of costs."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -54,10 +53,10 @@ class PointsTransport(Transport):
         P = matrices.plan_of(p, *self._batched_potentials(), log)
         return P[0] if self.single else P
 
-    @cached_property
+    @property
     def plan(self) -> Tensor:
-        """P ``(B, N, M)``: as much memory as the matrix of costs has. Differentiable in all that
-        the problem is made of, through the potentials."""
+        """P ``(B, N, M)``, computed each time it is read: as much memory as the matrix of costs
+        has. Differentiable in all that the problem is made of, through the potentials."""
         return self._of_plan(False)
 
     @property

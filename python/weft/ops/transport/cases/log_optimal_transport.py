@@ -26,7 +26,8 @@ def plain_log_optimal_transport(scores, dustbin_score, iterations, lengths=None)
     for _ in range(iterations):
         u = log_mu - torch.where(row, _logsumexp(Z + v[:, None], 2, row), 0)
         v = log_nu - torch.where(column, _logsumexp(Z + u[:, :, None], 1, column), 0)
-    return Z + u[:, :, None] + v[:, None] - norm[:, :, None]
+    total = Z + u[:, :, None] + v[:, None] - norm[:, :, None]
+    return torch.where(Z == -torch.inf, -torch.inf, total)
 
 
 def _logsumexp(x, dim, real):

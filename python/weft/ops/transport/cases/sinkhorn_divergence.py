@@ -28,6 +28,8 @@ def plain_sinkhorn_divergence(
 ):
     """Three problems, the clouds' own by alternating updates too."""
     rows, columns = lengths or (None, None)
+    if rho is None and a is not None and b is not None:
+        b = b * (a.sum(-1) / b.sum(-1))[..., None]
     total, masses = 0, []
     for p, q, of_p, of_q, m, n, factor in (
         (x, y, a, b, rows, columns, 1),
