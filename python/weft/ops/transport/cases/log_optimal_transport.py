@@ -73,7 +73,7 @@ LOG_OPTIMAL_TRANSPORT = OpCases(
         Sample("a_bin_each", _scores(2, 17, 9, shared=False), {"iterations": 11}),
         Sample(
             "ragged",
-            _scores(3, 9, 8),
+            _scores(3, 9, 8, shared=False),
             {
                 "iterations": 5,
                 "lengths": (torch.tensor([4, 9, 1]), torch.tensor([5, 2, 8])),

@@ -56,7 +56,7 @@ def plain_sinkhorn_divergence(
 
 SAMPLES = [
     sample("plain", 2, 13, 21, 3, given=FIXED),
-    sample("unbalanced", None, 14, 9, 9, epsilon=2.0, rho=2.0, given=FIXED),
+    sample("unbalanced", 3, 14, 9, 9, epsilon=2.0, rho=2.0, given=FIXED),
 ]
 
 
