@@ -107,9 +107,9 @@ def ninja_file(out):
         nvcc = os.environ.get("WEFT_NVCC") or shutil.which("nvcc")
     stable = f"-I{torch}/include -I{ROOT}/csrc -DTORCH_TARGET_VERSION={TARGET}"
     link = f"-shared -Wl,-Bsymbolic -L{torch}/lib -Wl,--no-as-needed -ltorch -Wl,--as-needed"
-    lines = [
+    lines = [  # contract=off: fused in one of a loop's two versions, bits depend on the distance of arrays
         "cxxflags = -std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
-        "-fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas",
+        "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas",
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d $cxxflags $flags -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {cxx} $in -o $out $flags",

@@ -85,3 +85,25 @@ def test_zero_weights_have_finite_gradients():
             (found.plan.square().sum() + found.value).backward()
         assert all(t.grad.isfinite().all() for t in (cost, a, b, epsilon))
         assert a.grad[2] != 0 and b.grad[3] != 0
+
+
+@needs_native
+def test_gradients_do_not_depend_on_where_memory_lies():
+    """Of small problems, whose vectors are now far from each other, now side by side: that changes
+    as the calls between do."""
+    inputs = [randn(2, 4, 5, seed=1), *(randn(2, n, seed=n).softmax(1) for n in (4, 5))]
+    for t in inputs:
+        t.requires_grad_()
+    options = {"rho": (None, 0.7), "max_iterations": 40, "tolerance": -1.0}
+    runs = []
+    for _ in range(10):
+        run = []
+        with weft.use("cpu"):
+            found = weft.sinkhorn(*inputs, epsilon=1.0, **options)
+            for result in (*found.potentials, found.plan, found.value):
+                for along in torch.eye(result.numel(), dtype=torch.float64)[::2]:
+                    along = along.view_as(result)
+                    run += torch.autograd.grad(result, inputs, along, retain_graph=True)
+        runs.append(run)
+    for run in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(run, runs[0], strict=True))
