@@ -136,19 +136,22 @@ def sample(
 
 def padded(x, y):
     """Garbage beyond the lengths."""
-    x, y = x.clone(), y.clone()
-    x[0, 3:], y[1, 4:] = torch.nan, torch.nan
+    x, y = (
+        torch.where(first(n, t.shape[1])[..., None].to(t.device), t, torch.nan)
+        for n, t in zip(LENGTHS, (x, y), strict=True)
+    )
     return x, y
 
 
-LENGTHS = (torch.tensor([3, 5]), torch.tensor([7, 4]))
+LENGTHS = (torch.tensor([3, 5, 11, 8, 10, 1]), torch.tensor([13, 4, 9, 12, 5, 7]))
+RAGGED = {"lengths": LENGTHS, "epsilon": [1.0, 1.4, 0.8, 1.2, 0.9, 1.1], "view": padded}
 
 SAMPLES = [
     sample("plain", 2, 17, 21, 3, ("epsilon",)),
     sample("products", 1, 5, 18, 9, epsilon=2.0, acceleration="none"),
     sample("cosine", 2, 17, 21, 5, cost="cosine", rho=1.0),
     sample("dot", None, 31, 23, 4, cost="dot", rho=(None, 0.5)),
-    sample("euclidean", 2, 5, 7, 9, ("epsilon",), view=padded, cost="euclidean", lengths=LENGTHS),
+    sample("euclidean", 6, 11, 13, 9, ("epsilon",), cost="euclidean", **RAGGED),
     sample("matrix", 2, 13, 21, 3, memory_budget=1 << 20),
     sample("no_rows", 2, 0, 3, 4, ("epsilon",)),
 ]
