@@ -92,8 +92,28 @@ def _is_of_a_middle_level(item) -> bool:
 
 def _is_for_the_interpreter(item, slow_too: bool) -> bool:
     """What a Triton kernel takes part in, at sizes that an interpreter can run: the contract and
-    the kernels' own tests. float16 differs from bfloat16 by its rounding: it has the long leg."""
+    the kernels' own tests."""
     of_kernels = {"implementation", "interpreted"} & set(item.fixturenames)
-    small = item.path.name == "test_contract.py" or item.path.parent.name == "triton_ops"
-    dtype = getattr(item, "callspec", None) and item.callspec.params.get("dtype")
-    return bool(of_kernels and small and (slow_too or dtype != torch.float16))
+    of_contract = item.path.name == "test_contract.py"
+    if not (of_kernels and (of_contract or item.path.parent.name == "triton_ops")):
+        return False
+    return slow_too or _is_in_the_short_leg(item, of_contract)
+
+
+def _is_in_the_short_leg(item, of_contract: bool) -> bool:
+    """An interpreted kernel takes a second: float32 is for small tiles, where loops run several
+    times, bfloat16 for those of a launch (float16 differs from it by its rounding alone), and
+    opcheck, which looks at shapes and strides, for one sample of each set of options."""
+    from contract import first_with_its_options
+
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    dtype, cases = params.get("dtype"), params.get("cases")
+    if item.originalname == "test_opcheck":
+        return first_with_its_options(cases, params["sample"])
+    if cases is None:
+        return dtype != torch.float16
+    if of_contract:
+        kept, left_out = torch.bfloat16, torch.float32
+    else:
+        kept, left_out = torch.float32, torch.bfloat16
+    return dtype != torch.float16 and not (dtype == left_out and kept in cases.dtypes)

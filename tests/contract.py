@@ -24,6 +24,10 @@ def name_of(parameter) -> str | None:
     return str(parameter).removeprefix("torch.") if isinstance(parameter, torch.dtype) else None
 
 
+def first_with_its_options(cases: OpCases, sample: Sample) -> bool:
+    return sample is next(s for s in cases.samples if s.options.keys() == sample.options.keys())
+
+
 def tensors(value) -> list[Tensor]:
     """The tensors of an op's result."""
     return [value] if isinstance(value, Tensor) else [t for t in value if isinstance(t, Tensor)]

@@ -14,6 +14,7 @@ from contract import (
     TRANSFORMABLE,
     Call,
     check_accuracy,
+    first_with_its_options,
     name_of,
     tensors,
     unexpanded,
@@ -54,12 +55,19 @@ def test_accuracy(cases, sample, implementation, dtype):
 
 @pytest.mark.parametrize("implementation", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize("cases, sample", DIFFERENTIABLE, ids=name_of)
-def test_gradcheck(cases, sample, implementation):
+def test_gradcheck(cases, sample, implementation, pytestconfig):
+    """Element by element, or along random directions (fast_mode) where there are many, and of the
+    second derivative in the short leg: by elements it takes most of the time of all tests."""
     call = call_for(implementation, cases, sample, torch.float64)
-    large = sum(t.numel() for t in call.leaves()) > 200  # then along random directions
+    large = sum(t.numel() for t in call.leaves()) > 200
+    short = not pytestconfig.getoption("--slow")
+
+    def function(*leaves):
+        return finite(call.with_leaves(leaves))
+
     with running(implementation):
-        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-            assert check(lambda *t: finite(call.with_leaves(t)), call.leaves(), fast_mode=large)
+        assert torch.autograd.gradcheck(function, call.leaves(), fast_mode=large)
+        assert torch.autograd.gradgradcheck(function, call.leaves(), fast_mode=large or short)
 
 
 def finite(results) -> list[torch.Tensor]:
@@ -76,20 +84,17 @@ def as_leaf(value, requires_grad: bool):
     return value
 
 
-def first_with_its_options(cases, sample: Sample) -> bool:
-    return sample is next(s for s in cases.samples if s.options.keys() == sample.options.keys())
-
-
 @pytest.mark.parametrize("implementation", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize("cases, sample", SAMPLES, ids=name_of)
 def test_opcheck(cases, sample, implementation):
     """PyTorch's own checks of schema, fake function, autograd and dynamic shapes, for every op that
     the call runs, with the arguments it passes.
 
-    Those of autograd and dynamic shapes take a second each and never look at values: they run once
-    for each set of options."""
+    Those of autograd and dynamic shapes take a second each and never look at values, nor at what
+    is inside an op: they run once for each set of options, on one implementation."""
     call = call_for(implementation, cases, sample, torch.float32)
-    quick = INTERPRETED or not first_with_its_options(cases, sample)
+    whole = implementation == IMPLEMENTATIONS[-1] and first_with_its_options(cases, sample)
+    quick = INTERPRETED or not whole
     some = {"test_utils": ("test_schema", "test_faketensor")} if quick else {}
     with running(implementation):
         with watch() as log:

@@ -143,7 +143,7 @@ def first_of_each_kernel(seen: list[common.Launch]) -> list[common.Launch]:
     return list({launch.kernel.__name__: launch for launch in reversed(seen)}.values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("module", WITH_KERNELS, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_first_example_on_hopper(module, dtype, tmp_path):
     for launch in first_of_each_kernel(launches(module, dtype, 90)):
