@@ -78,7 +78,7 @@ PROGRESSIVE_PARTIAL_TRANSPORT = OpCases(
         Sample("plain", _logits(13, 5), {"mass": 0.3, **FEW}),
         Sample("one_sample", _logits(1, 11), {"mass": 0.3, **FEW}),
         Sample("all_mass", _logits(9, 4), {"mass": 1.0, "strength": 0.5, **FEW}),
-        Sample("strided", _logits(10, 9, view=lambda t: t.mT[:, ::2]), {"mass": 0.3, **FEW}),
+        Sample("strided", _logits(26, 22, view=lambda t: t.mT[:, ::2]), {"mass": 0.3, **FEW}),
     ],
     workloads=[_labels(1024, 100, quick=True), _labels(5120, 1000)],
     bad=[
