@@ -18,7 +18,7 @@ PIP := PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet
 # Stamp files: each names what is installed, so that a second make has nothing to do.
 TOOLS := $(VENV)/.tools
 TORCH_STAMP := $(VENV)/.$(subst ==,-,$(TORCH))
-NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+NATIVE := setup.py pyproject.toml csrc/levels.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: run test test-all bench lint format clean
 

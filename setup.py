@@ -5,7 +5,6 @@ Environment: CXX, WEFT_NVCC (path), WEFT_CUDA=0 (skip), WEFT_CUDA_ARCHS ("80;90a
 
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -17,17 +16,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "csrc"))
+from levels import CPU_LEVELS, ISA_FLAGS, compiled_for  # noqa: E402
+
 TARGET = "0x020a000000000000"  # torch 2.10, the lowest stable ABI that has all that the sources use
-AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2"
-AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd -mavx512vnni"
-ISA_FLAGS = {
-    "generic": "",
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vpopcntdq",
-    "amx": f"{AVX512} -mavx512bf16 -mavx512vpopcntdq -mamx-tile -mamx-bf16 -mamx-int8",
-}
-CPU_LEVELS = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
 FOLDERS = ["triton_kernels", "benchmarks"]  # of the repository: packages inside weft, also in a wheel
 NO_TORCH = "torch is not in the build environment; use: pip install --no-build-isolation ."
 
@@ -81,7 +73,7 @@ class NativeBuild(build_ext):
         return {}
 
     def get_source_files(self):
-        return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
+        return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"]
 
 
 def cuda_archs():
@@ -115,16 +107,19 @@ def ninja_file(out):
         f"rule link\n  command = {cxx} $in -o $out $flags",
     ]
 
-    def library(name, compile_rule, folder, pattern, flags, link_flags, link_rule="link"):
+    def library(name, compile_rule, folder, pattern, flags, link_flags, link_rule="link", home=lambda source: ""):
         objects = []
         for source in sorted(folder.rglob(pattern)):
-            objects.append(f"{name}/{source.relative_to(folder).with_suffix('.o')}")
-            lines.append(f"build {objects[-1]}: {compile_rule} {source}\n  flags = {flags}")
+            of = home(source) or name  # another library's objects are in that one's rules
+            objects.append(f"{of}/{source.relative_to(folder).with_suffix('.o')}")
+            if of == name:
+                lines.append(f"build {objects[-1]}: {compile_rule} {source}\n  flags = {flags}")
         lines.append(f"build {out}/{name}: {link_rule} {' '.join(objects)}\n  flags = {link_flags}")
 
     for isa in CPU_LEVELS:
         flags = f"{stable} {ISA_FLAGS[isa]} -DWEFT_CPU=weft_cpu_{isa}"
-        library(f"_cpu_{isa}.so", "cxx", ROOT / "csrc/cpu", "*.cpp", flags, link)
+        home = lambda source, isa=isa: f"_cpu_{compiled_for(source, isa)}.so"  # noqa: E731
+        library(f"_cpu_{isa}.so", "cxx", ROOT / "csrc/cpu", "*.cpp", flags, link, home=home)
     host = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     library(f"_host{suffix}", "cxx", ROOT / "csrc/host", "*.cpp", host, "-shared")

@@ -10,14 +10,26 @@
 #include <optional>
 #include <tuple>
 
-// Each instruction-set level is a library of its own with a namespace of its own (WEFT_CPU is
-// weft_cpu_generic, weft_cpu_avx2, ...), so that one process can load several.
-#define WEFT_CPU_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(WEFT_CPU, m)
-#define WEFT_CPU_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(WEFT_CPU, CPU, m)
+// Each instruction-set level is a library of its own with a namespace of its own (weft_cpu_generic,
+// weft_cpu_avx2, ...), so that one process can load several. Objects do not hold its name: several
+// levels link the same one where they would not differ (setup.py).
+#define WEFT_CPU_SCHEMAS(m) WEFT_CPU_LIBRARY(FRAGMENT, nullptr, m, C10_UID)
+#define WEFT_CPU_KERNELS(m) WEFT_CPU_LIBRARY(IMPL, "CPU", m, C10_UID)
 // Ops without a tensor among their arguments.
-#define WEFT_CPU_FUNCTIONS(m) STABLE_TORCH_LIBRARY_IMPL(WEFT_CPU, CompositeExplicitAutograd, m)
+#define WEFT_CPU_FUNCTIONS(m) WEFT_CPU_LIBRARY(IMPL, "CompositeExplicitAutograd", m, C10_UID)
+
+// STABLE_TORCH_LIBRARY_FRAGMENT and STABLE_TORCH_LIBRARY_IMPL, but for the namespace's name, which
+// theirs take from the macro's argument.
+#define WEFT_CPU_LIBRARY(kind, key, m, uid)                                                  \
+  static void C10_CONCATENATE(declare_, uid)(torch::stable::detail::StableLibrary&);         \
+  static const torch::stable::detail::StableTorchLibraryInit C10_CONCATENATE(library_, uid)( \
+      torch::stable::detail::StableLibrary::Kind::kind, &C10_CONCATENATE(declare_, uid),     \
+      kNamespace, key, __FILE__, __LINE__);                                                  \
+  void C10_CONCATENATE(declare_, uid)(torch::stable::detail::StableLibrary & m)
 
 namespace weft {
+
+extern const char kNamespace[];  // in namespace.cpp
 
 using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
