@@ -103,8 +103,9 @@ def _is_for_the_interpreter(item, slow_too: bool) -> bool:
 def _is_in_the_short_leg(item, of_contract: bool) -> bool:
     """An interpreted kernel takes a second: float32 is for small tiles, where loops run several
     times, bfloat16 for those of a launch (float16 differs from it by its rounding alone), and
-    opcheck, which looks at shapes and strides, for one sample of each set of options."""
-    from contract import first_with_its_options
+    opcheck, which looks at shapes and strides, for one sample of each set of options. Samples of a
+    thousand rows are for tasks of the C++ kernels: here small tiles are many."""
+    from contract import first_with_its_options, longest_dimension
 
     params = item.callspec.params if hasattr(item, "callspec") else {}
     dtype, cases = params.get("dtype"), params.get("cases")
@@ -112,6 +113,8 @@ def _is_in_the_short_leg(item, of_contract: bool) -> bool:
         return first_with_its_options(cases, params["sample"])
     if cases is None:
         return dtype != torch.float16
+    if "sample" in params and longest_dimension(params["sample"]) > 1000:
+        return False
     if of_contract:
         kept, left_out = torch.bfloat16, torch.float32
     else:

@@ -28,6 +28,11 @@ def first_with_its_options(cases: OpCases, sample: Sample) -> bool:
     return sample is next(s for s in cases.samples if s.options.keys() == sample.options.keys())
 
 
+def longest_dimension(sample: Sample) -> int:
+    given = tensors(sample.make(torch.float32, "cpu"))
+    return max((n for tensor in given for n in tensor.shape), default=0)
+
+
 def tensors(value) -> list[Tensor]:
     """The tensors of an op's result."""
     return [value] if isinstance(value, Tensor) else [t for t in value if isinstance(t, Tensor)]
