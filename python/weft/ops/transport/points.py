@@ -4,11 +4,11 @@ apart, keeps one.
 Every gradient is that of Q = Σ_ij e_ij ⟨L_i, R_j⟩ (``points_product_backward``), composed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from weft import native
 from weft.dispatch import Implementation
 from weft.ops.registration import (
     Op,
@@ -16,6 +16,7 @@ from weft.ops.registration import (
     reference,
     register_gradient,
     register_gradient_by_reference,
+    triton,
 )
 from weft.reference.transport import sinkhorn_points as formulas
 from weft.reference.transport.sinkhorn_points import Points
@@ -25,6 +26,7 @@ SCHEMA = (
 )
 COUNT = 7  # arguments of SCHEMA
 DTYPES = frozenset({torch.float64, torch.float32})
+FLOAT32 = frozenset({torch.float32})
 
 
 def points_of(args: tuple) -> Points:
@@ -56,12 +58,6 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
 
 
-def composed(run: Callable) -> Implementation:
-    """What is made of the ops above, as the C++ implementation where those are."""
-    missing = lambda: native.missing.get("cpu")  # noqa: E731
-    return Implementation("cpu", run, frozenset({"cpu"}), DTYPES, missing)
-
-
 def _fake_softmin(*args):
     return args[0].new_empty(args[0].shape[:2])
 
@@ -75,8 +71,17 @@ softmin = Op(
     f"({SCHEMA}, Tensor g, Tensor weight) -> Tensor",
     family="transport",
     fake=_fake_softmin,
-    implementations=[cpu("points_softmin", dtypes=DTYPES), reference(_reference_softmin)],
+    implementations=[
+        cpu("points_softmin", dtypes=DTYPES),
+        triton("transport.points_softmin", "points_softmin", dtypes=FLOAT32),
+        reference(_reference_softmin),
+    ],
 )
+
+
+def composed(run: Callable) -> list[Implementation]:
+    """What is made of the ops here, as each of their compiled implementations."""
+    return [replace(known, run=run) for known in softmin.dispatcher.implementations[:-1]]
 
 
 def _fake_product(*args):
@@ -92,7 +97,11 @@ product = Op(
     f"({SCHEMA}, Tensor f, Tensor g, Tensor values) -> Tensor",
     family="transport",
     fake=_fake_product,
-    implementations=[cpu("points_product", dtypes=DTYPES), reference(_reference_product)],
+    implementations=[
+        cpu("points_product", dtypes=DTYPES),
+        triton("transport.points_product", "points_product", dtypes=FLOAT32),
+        reference(_reference_product),
+    ],
 )
 
 
@@ -114,6 +123,7 @@ product_backward = Op(
     fake=_fake_product_backward,
     implementations=[
         cpu("points_product_backward", dtypes=DTYPES),
+        triton("transport.points_product", "points_product_backward", dtypes=FLOAT32),
         reference(_formula_product_backward),
     ],
 )
@@ -171,7 +181,11 @@ cost_matrix = Op(
     "(Tensor x, Tensor y, str cost) -> Tensor",
     family="transport",
     fake=_fake_cost,
-    implementations=[cpu("points_cost", dtypes=DTYPES), reference(_reference_cost)],
+    implementations=[
+        cpu("points_cost", dtypes=DTYPES),
+        triton("transport.points", "points_cost", dtypes=FLOAT32),
+        reference(_reference_cost),
+    ],
 )
 
 

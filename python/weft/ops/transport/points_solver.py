@@ -78,7 +78,7 @@ forward = Op(
     "(Tensor value, Tensor f, Tensor g, Tensor error, Tensor iterations)",
     family="transport",
     fake=_fake,
-    implementations=[composed(_run), reference(_run)],
+    implementations=[*composed(_run), reference(_run)],
 )
 
 
@@ -260,7 +260,7 @@ system = Op(
     "float rho_a, float rho_b) -> (Tensor X, Tensor Y)",
     family="transport",
     fake=_fake_system,
-    implementations=[composed(_conjugate_gradients), reference(_reference_system)],
+    implementations=[*composed(_conjugate_gradients), reference(_reference_system)],
 )
 
 
