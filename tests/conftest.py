@@ -103,12 +103,15 @@ def _is_for_the_interpreter(item, slow_too: bool) -> bool:
 def _is_in_the_short_leg(item, of_contract: bool) -> bool:
     """An interpreted kernel takes a second: float32 is for small tiles, where loops run several
     times, bfloat16 for those of a launch (float16 differs from it by its rounding alone), and
-    opcheck, which looks at shapes and strides, for one sample of each set of options. Samples of a
-    thousand rows are for tasks of the C++ kernels: here small tiles are many."""
+    opcheck, which looks at shapes and strides, for one sample of each set of options. Samples of
+    many launches say that they are not for it; those of a thousand rows are for tasks of the C++
+    kernels: here small tiles are many."""
     from contract import first_with_its_options, longest_dimension
 
     params = item.callspec.params if hasattr(item, "callspec") else {}
     dtype, cases = params.get("dtype"), params.get("cases")
+    if "sample" in params and not params["sample"].interpreted:
+        return False
     if item.originalname == "test_opcheck":
         return first_with_its_options(cases, params["sample"])
     if cases is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 import weft
 from weft.dispatch import Dispatcher
 from weft.ops.cases import OpCases, Sample, discover, invoke, on_device
+from weft.ops.registration import INTERPRETED
 
 CASES = [cases for _, cases in discover()]
 SAMPLES = [(cases, sample) for cases in CASES for sample in cases.samples]
@@ -25,7 +26,13 @@ def name_of(parameter) -> str | None:
 
 
 def first_with_its_options(cases: OpCases, sample: Sample) -> bool:
-    return sample is next(s for s in cases.samples if s.options.keys() == sample.options.keys())
+    kind = lambda s: (s.options.keys(), s.interpreted)  # noqa: E731
+    return sample is next(s for s in cases.samples if kind(s) == kind(sample))
+
+
+def first_sample(cases: OpCases) -> Sample:
+    """The first that can run here."""
+    return next(s for s in cases.samples if s.interpreted or not INTERPRETED)
 
 
 def longest_dimension(sample: Sample) -> int:

@@ -14,6 +14,7 @@ from contract import (
     TRANSFORMABLE,
     Call,
     check_accuracy,
+    first_sample,
     first_with_its_options,
     name_of,
     tensors,
@@ -114,7 +115,7 @@ def test_opcheck(cases, sample, implementation):
 @pytest.mark.parametrize("cases", CASES, ids=name_of)
 def test_runs_what_is_pinned(cases, implementation):
     """Forward and backward, eager and compiled."""
-    call = call_for(implementation, cases, cases.samples[0], torch.float32)
+    call = call_for(implementation, cases, first_sample(cases), torch.float32)
     name, _ = name_and_device(implementation)
     compiled = torch.compile(cases.function, fullgraph=True, backend="aot_eager")
     for function in (cases.function, compiled):
@@ -216,7 +217,7 @@ def test_repeats_bit_for_bit(cases, implementation, dtype):
     """The same bits for any number of runs and of threads, at a size that has many tasks."""
     workload = cases.workloads[0]
     sample = Sample(workload.name, workload.make, workload.options, keywords=workload.keywords)
-    call = call_for(implementation, cases, cases.samples[0] if INTERPRETED else sample, dtype)
+    call = call_for(implementation, cases, first_sample(cases) if INTERPRETED else sample, dtype)
     threads = torch.get_num_threads()
     runs = []
     try:

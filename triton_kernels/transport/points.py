@@ -27,8 +27,8 @@ LEAST_TILES = 8  # of columns, for one program
 PROGRAMS = 512  # that keep a card busy
 
 TABLE = {
-    (80, "matrix", "direct"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16}, num_warps=4),
-    (80, "matrix", "ieee"): Config({"BLOCK_N": 32, "BLOCK_M": 64, "BLOCK_D": 16}, num_warps=4),
+    (80, "matrix", "direct"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16}, num_warps=8),
+    (80, "matrix", "ieee"): Config({"BLOCK_N": 32, "BLOCK_M": 64, "BLOCK_D": 16}, num_warps=8),
     (80, "squares"): Config({"BLOCK_N": 32, "BLOCK_D": 64}, num_warps=4),
 }
 

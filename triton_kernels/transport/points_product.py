@@ -35,14 +35,21 @@ from weft.triton_kernels.transport.problem import inverse_of
 LARGEST = tl.constexpr(80.0)  # exponent; only pairs of which neither has weight come near
 NARROW = 4  # values of a point that are summed without a matrix product
 TABLE = {
-    (80, "product", "direct"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "BLOCK_E": 32}),
-    (80, "product", "ieee"): Config(
-        {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "BLOCK_E": 16}, 8
+    (80, "product", "direct"): Config(
+        {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "BLOCK_E": 32}, 8
     ),
-    (80, "product", "units"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "BLOCK_E": 32}),
-    (80, "pull", "direct"): Config({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16}),
-    (80, "pull", "ieee"): Config({"BLOCK_N": 32, "BLOCK_M": 64, "BLOCK_D": 16, "BLOCK_E": 16}),
-    (80, "pull", "units"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_E": 16}),
+    (80, "product", "ieee"): Config(
+        {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16}, 8
+    ),
+    (80, "product", "units"): Config(
+        {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 32, "BLOCK_E": 32}, 8
+    ),
+    (90, "product", "units"): Config(
+        {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "BLOCK_E": 32}, 8
+    ),
+    (80, "pull", "direct"): Config({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16}, 8),
+    (80, "pull", "ieee"): Config({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16}, 8),
+    (80, "pull", "units"): Config({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 32, "BLOCK_E": 16}, 8),
 }
 
 

@@ -27,9 +27,10 @@ from weft.triton_kernels.transport.problem import inverse_of
 
 COUNT = 7  # arguments that the ops on points share
 TABLE = {
-    (80, "direct"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16}, num_warps=4),
-    (80, "ieee"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16}, num_warps=8),
-    (80, "units"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64}, num_warps=4),
+    (80, "direct"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16}, num_warps=8),
+    (80, "ieee"): Config({"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_D": 16}, num_warps=4),
+    (80, "units"): Config({"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 32}, num_warps=8),
+    (90, "units"): Config({"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32}, num_warps=8),
     (80, "merge"): Config({"BLOCK_N": 128}, num_warps=4),
 }
 

@@ -40,7 +40,8 @@ class Sample:
     the last of them those that have the names ``keywords``.
 
     ``constant`` are the positions of floating-point results that depend on no argument of ``make``:
-    they need no gradient, all others must have one.
+    they need no gradient, all others must have one. Where a loop of launches takes the interpreter
+    too long, ``interpreted`` is False: only the long leg has it there.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Sample:
     options: dict = field(default_factory=dict)
     constant: tuple[int, ...] = ()
     keywords: tuple[str, ...] = ()
+    interpreted: bool = True
 
 
 @dataclass(frozen=True)

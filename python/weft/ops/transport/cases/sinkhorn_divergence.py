@@ -57,6 +57,9 @@ def plain_sinkhorn_divergence(
 SAMPLES = [
     sample("plain", 2, 13, 21, 3, given=FIXED),
     sample("unbalanced", 3, 14, 9, 9, epsilon=2.0, rho=2.0, given=FIXED),
+    sample(
+        "few_steps", 1, 12, 13, 9, epsilon=2.0, given=FIXED, max_iterations=20, interpreted=True
+    ),
 ]
 
 

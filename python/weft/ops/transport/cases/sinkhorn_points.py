@@ -128,10 +128,21 @@ STREAMED = {**FIXED, "memory_budget": 0}
 
 
 def sample(
-    name, B, N, M, D, keywords=WEIGHTED, *, epsilon=1.0, view=None, given=STREAMED, **options
+    name,
+    B,
+    N,
+    M,
+    D,
+    keywords=WEIGHTED,
+    *,
+    epsilon=1.0,
+    view=None,
+    given=STREAMED,
+    interpreted=False,
+    **options,
 ):
     make = clouds(B, N, M, D, weights=keywords == WEIGHTED, epsilon=epsilon, view=view)
-    return Sample(name, make, {**given, **options}, keywords=keywords)
+    return Sample(name, make, {**given, **options}, keywords=keywords, interpreted=interpreted)
 
 
 def padded(x, y):
@@ -154,6 +165,7 @@ SAMPLES = [
     sample("euclidean", 6, 11, 13, 9, ("epsilon",), cost="euclidean", **RAGGED),
     sample("matrix", 2, 13, 21, 3, memory_budget=1 << 20),
     sample("no_rows", 2, 0, 3, 4, ("epsilon",)),
+    sample("few_steps", 1, 12, 13, 9, epsilon=8.0, max_iterations=8, interpreted=True),
 ]
 
 
