@@ -1,5 +1,6 @@
 """What every op promises (docs/contract.md), checked for every case that the families declare."""
 
+import functools
 import inspect
 import itertools
 
@@ -15,7 +16,6 @@ from contract import (
     Call,
     check_accuracy,
     first_sample,
-    first_with_its_options,
     name_of,
     tensors,
     unexpanded,
@@ -85,30 +85,56 @@ def as_leaf(value, requires_grad: bool):
     return value
 
 
+@functools.cache
+def kinds_by_sample(name: str) -> dict[str, set]:
+    """Of the samples of these cases, the kinds of calls of ops that no earlier one makes."""
+    cases = next(c for c in CASES if c.name == name)
+    seen, first = set(), {}
+    for sample in cases.samples:
+        with watch() as log:
+            values_and_gradients(Call(cases, sample, torch.float32))
+        kinds = {kind_of(op, args) for op, _, args in log}
+        first[sample.name] = kinds - seen
+        seen |= kinds
+    return first
+
+
+def kind_of(op: str, args: tuple) -> tuple:
+    """The op, with which of its arguments are given."""
+    return op, *(a is None for a in args)
+
+
 @pytest.mark.parametrize("implementation", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize("cases, sample", SAMPLES, ids=name_of)
 def test_opcheck(cases, sample, implementation):
     """PyTorch's own checks of schema, fake function, autograd and dynamic shapes, for every op that
     the call runs, with the arguments it passes.
 
-    Those of autograd and dynamic shapes take a second each and never look at values, nor at what
-    is inside an op: they run once for each set of options, on one implementation."""
+    Those of autograd and dynamic shapes take seconds each and never look at values, nor at what is
+    inside an op: they run once for each kind of call, on one implementation, and of a backward they
+    look at the first derivative alone, as PyTorch's compiler does."""
     call = call_for(implementation, cases, sample, torch.float32)
-    whole = implementation == IMPLEMENTATIONS[-1] and first_with_its_options(cases, sample)
-    quick = INTERPRETED or not whole
-    some = {"test_utils": ("test_schema", "test_faketensor")} if quick else {}
+    whole = set()
+    if implementation == IMPLEMENTATIONS[-1] and not INTERPRETED:
+        whole = set(kinds_by_sample(cases.name)[sample.name])
     with running(implementation):
         with watch() as log:
             values_and_gradients(call)
         assert log or not implementation.startswith("cpu")
         # An iteration calls one op many times with arguments of one kind: once is enough.
-        kinds = {
+        calls = {
             (op, *(a.shape if isinstance(a, torch.Tensor) else str(a) for a in args)): (op, args)
             for op, _, args in log
         }
-        for op, args in kinds.values():
-            args = [as_leaf(a, cases.differentiable) for a in args]
+        for op, args in calls.values():
+            some = {"test_utils": ("test_schema", "test_faketensor")}
+            if kind_of(op, args) in whole:
+                whole.remove(kind_of(op, args))
+                some = {}
+            graded = cases.differentiable and "backward" not in op
+            args = [as_leaf(a, graded) for a in args]
             torch.library.opcheck(registry[op].overload, args, **some)
+    assert not whole, f"seen before, and not now: {whole}"
 
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)
