@@ -164,8 +164,11 @@ def rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def usable_scale(largest):
-    """What to divide by before squaring: the largest |value|, 1 where that is 0 or not finite."""
-    return tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+    """What to divide by before squaring, without rounding: the power of 2 below the largest |value|
+    (float32; at least the smallest normal number), 1 where that is 0 or not finite."""
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.maximum(power, 2.0**-126)
+    return tl.where((largest > 0) & (largest < float("inf")), power, 1.0)
 
 
 @triton.jit
