@@ -44,6 +44,13 @@ def exponent(p: Problem, C: Tensor, f: Tensor, g: Tensor) -> Tensor:
     return finite(f[:, :, None] + g[:, None] - C) / p.epsilon[:, None, None]
 
 
+def solved(system: Tensor, given: Tensor) -> Tensor:
+    """A⁻¹ y by A = Q R. ``torch.linalg.solve`` with two threads now and then fails on batches of a
+    few hundred rows (torch 2.13 with MKL on an AMD EPYC: pivots below 1)."""
+    q, r = torch.linalg.qr(system)
+    return torch.linalg.solve_triangular(r, q.mT @ given, upper=True)
+
+
 def sinkhorn_backward(
     grad_f: Tensor, grad_g: Tensor, p: Problem, f: Tensor, g: Tensor, rho_a: float, rho_b: float
 ) -> Gradients:
@@ -64,7 +71,7 @@ def sinkhorn_backward(
         right = torch.cat([torch.ones_like(a), -torch.ones_like(b)], 1)
         system = system + left[:, :, None] * right[:, None]
     given = torch.cat([grad_f, grad_g], 1)[..., None]
-    solution = torch.linalg.solve(system.double(), given.double())[..., 0].to(given.dtype)
+    solution = solved(system.double(), given.double())[..., 0].to(given.dtype)
     X, Y = solution[:, :N], solution[:, N:]
     grad_C = e * (b[:, None] * X[:, :, None] + a[:, :, None] * Y[:, None])
     grad_a = -p.epsilon[:, None] * (e * Y[:, None]).sum(2)
@@ -113,7 +120,7 @@ def newton_step(p: Problem, f: Tensor, g: Tensor, s: Settings) -> tuple[Tensor, 
         left = torch.cat([torch.ones_like(f), -torch.ones_like(g)], 1)
         right = torch.cat([a, -b], 1) / nonzero(a.sum(1) + b.sum(1))[:, None]
         system = system + left[:, :, None] * right[:, None]
-    step = torch.linalg.solve(system, residual[..., None])[..., 0]
+    step = solved(system, residual[..., None])[..., 0]
     return f - step[:, :N], g - step[:, N:]
 
 

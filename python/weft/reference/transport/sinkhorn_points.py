@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weft.reference.transport import dense
 from weft.reference.transport.dense import real_entries
+from weft.reference.transport.gradients import solved
 from weft.reference.transport.sinkhorn import (
     CHECK,
     STALLED,
@@ -163,7 +164,7 @@ def solve_system(
     if rho_a == rho_b == torch.inf:
         null, ones = null_vectors(a, b)
         system = system + null[:, :, None] * ones[:, None]
-    solution = torch.linalg.solve(system, torch.cat([grad_f, grad_g], 1)[..., None])[..., 0]
+    solution = solved(system, torch.cat([grad_f, grad_g], 1)[..., None])[..., 0]
     return solution[:, :N], solution[:, N:]
 
 
