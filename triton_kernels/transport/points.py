@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.triton_kernels.common import Config, configure, launch
+from weft.triton_kernels.transport.problem import whole
 
 SQUARED, DISTANCE, DOT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 COSTS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2, "dot": 2}
@@ -84,17 +85,6 @@ class Problem:
             "PRECISION": self.precision,
             "BLOCK_D": block,
         }
-
-
-@triton.jit
-def sizes_of(p, z):
-    """How many points problem z has; bad lengths are clamped."""
-    n, m = z * 0 + p.N, z * 0 + p.M
-    if p.rows is not None:
-        n = tl.minimum(tl.maximum(tl.load(p.rows + z), 0), n)
-    if p.columns is not None:
-        m = tl.minimum(tl.maximum(tl.load(p.columns + z), 0), m)
-    return n, m
 
 
 @triton.jit
@@ -234,7 +224,6 @@ def problem_of(
     cost: str,
     precision: str,
 ) -> Problem:
-    whole = lambda t: None if t is None else t.contiguous()  # noqa: E731
     same = x is y
     x, y = x.contiguous(), y.contiguous()
     N, M, D = x.shape[1], y.shape[1], x.shape[2]

@@ -27,10 +27,9 @@ from weft.triton_kernels.transport.points import (
     first_rows,
     parts_of,
     problem_of,
-    sizes_of,
 )
 from weft.triton_kernels.transport.points_softmin import COUNT
-from weft.triton_kernels.transport.problem import inverse_of
+from weft.triton_kernels.transport.problem import inverse_of, sizes_of
 
 LARGEST = tl.constexpr(80.0)  # exponent; only pairs of which neither has weight come near
 NARROW = 4  # values of a point that are summed without a matrix product

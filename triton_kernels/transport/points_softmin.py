@@ -21,9 +21,8 @@ from weft.triton_kernels.transport.points import (
     first_rows,
     parts_of,
     problem_of,
-    sizes_of,
 )
-from weft.triton_kernels.transport.problem import inverse_of
+from weft.triton_kernels.transport.problem import inverse_of, sizes_of
 
 COUNT = 7  # arguments that the ops on points share
 TABLE = {

@@ -35,6 +35,10 @@ class Arguments(NamedTuple):
     has_column: object
 
 
+def whole(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def arguments_of(
     cost: Tensor,
     a: Tensor,
@@ -47,7 +51,6 @@ def arguments_of(
     similarity: bool,
 ) -> Arguments:
     _, N, M = cost.shape
-    whole = lambda t: None if t is None else t.contiguous()  # noqa: E731
     return Arguments(
         *(cost, cost.stride(), -1.0 if similarity else 1.0),
         *(mask, None if mask is None else mask.stride()),
