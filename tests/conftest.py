@@ -43,8 +43,8 @@ def running(implementation: str):
         yield
 
 
-def skip_unless_declared(cases, implementation: str, dtype: torch.dtype) -> None:
-    """Skips where one of the ops of its module says that it has no such implementation. A module
+def undeclared(cases, implementation: str, dtype: torch.dtype) -> str | None:
+    """One of the ops of the cases' module that says that it has no such implementation. A module
     without ops calls the ops whose public functions it imports."""
     name, device = name_and_device(implementation)
     dtype = cases.dtype_near(dtype)
@@ -62,7 +62,13 @@ def skip_unless_declared(cases, implementation: str, dtype: torch.dtype) -> None
             and (known.dtypes is None or dtype in known.dtypes)
             for known in op.dispatcher.implementations
         ):
-            pytest.skip(f"{op.name} declares no {name} for {device} and {dtype}")
+            return f"{op.name} declares no {name} for {device} and {dtype}"
+    return None
+
+
+def skip_unless_declared(cases, implementation: str, dtype: torch.dtype) -> None:
+    if (why := undeclared(cases, implementation, dtype)) is not None:
+        pytest.skip(why)
 
 
 def pytest_addoption(parser):
@@ -122,4 +128,5 @@ def _is_in_the_short_leg(item, of_contract: bool) -> bool:
         kept, left_out = torch.bfloat16, torch.float32
     else:
         kept, left_out = torch.float32, torch.bfloat16
-    return dtype != torch.float16 and not (dtype == left_out and kept in cases.dtypes)
+    other_is_kept = dtype == left_out and undeclared(cases, "triton", kept) is None
+    return dtype != torch.float16 and not other_is_kept
